@@ -1,0 +1,14 @@
+"""Vector-sparse attention for video transformers.
+
+    select(query, key, ...)              -> Selection    which keys each block of queries will attend to
+    attend(query, key, value, selection) -> output       exact softmax attention over exactly those keys
+    vec_attention(query, key, value)     -> output       both, in bounded memory
+
+Importing needs only torch; Triton, transformers and the rest are imported by what uses them.
+"""
+
+from vecattention.ops import attend, explain, select, vec_attention
+from vecattention.spec import Selection
+
+__all__ = ["Selection", "attend", "explain", "select", "vec_attention"]
+__version__ = "0.1.0"

@@ -1,0 +1,217 @@
+"""Every sentence that a bad argument can produce: the name, what was wanted, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from vecattention import spec
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POOLING_SIZES = (16, 32, 64, 128)
+SCOPES = ("window", "row")
+
+
+def tensors(causal: bool, **named: Tensor) -> None:
+    """Check query [B, H, Sq, D] and key (and value) [B, Hkv, Sk, D] against each other.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not served.
+        ValueError: shapes, devices, dtypes or head counts that do not fit.
+    """
+    for name, x in named.items():
+        _tensor(name, x)
+    query, key = named["query"], named["key"]
+    for name, x in named.items():
+        _alike(name, x, query)
+    if "value" in named and named["value"].shape != key.shape:
+        raise ValueError(
+            f"value has shape {_shape(named['value'])}, wanted {_shape(key)} like key; "
+            "keys and values come in pairs of the same head size"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} heads, wanted a multiple of key's {key.shape[1]}; "
+            "query head h reads key head h // (H // Hkv)"
+        )
+    if causal and query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query has Sq={query.shape[2]} rows, wanted at most Sk={key.shape[2]} with causal=True; "
+            "pass all keys up to the last query, or causal=False"
+        )
+
+
+def rule(*, head_dim: int, q_pooling_size: int, q_block_size: int | None, k_local_size: int, group_k_block: int,
+         max_scope: str, causal: bool, scale: float | None) -> spec.Rule:  # fmt: skip
+    """The checked `Rule` of these arguments, q_block_size and scale filled in.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument outside its values.
+    """
+    pool = _one_of("q_pooling_size", q_pooling_size, POOLING_SIZES)
+    tile = _one_of("k_local_size", k_local_size, POOLING_SIZES)
+    if tile > pool:
+        raise ValueError(
+            f"k_local_size is {tile}, wanted at most q_pooling_size={pool}; lower k_local_size or raise q_pooling_size"
+        )
+    block = pool if q_block_size is None else _integer("q_block_size", q_block_size)
+    if block % pool or not pool <= block <= 128:
+        raise ValueError(
+            f"q_block_size is {block}, wanted a multiple of q_pooling_size={pool} up to 128; "
+            "pass None for q_pooling_size itself"
+        )
+    group = _integer("group_k_block", group_k_block)
+    if group < 1:
+        raise ValueError(f"group_k_block is {group}, wanted at least 1 tile per window; the published value is 16")
+    if max_scope not in SCOPES:
+        raise ValueError(
+            f"max_scope is {max_scope!r}, wanted one of {SCOPES}; 'window' is the published rule, 'row' the formula"
+        )
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r} ({type(causal).__name__}), wanted True or False; pass a bool")
+    return spec.Rule(pool, block, tile, group, max_scope, causal, scale_of(scale, head_dim))
+
+
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """The softmax scale as a float, D ** -0.5 for None."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale is {scale!r} ({type(scale).__name__}), wanted a number; pass None for D ** -0.5")
+    if not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"scale is {scale}, wanted a finite number over 0; pass None for D ** -0.5")
+    return float(scale)
+
+
+def threshold(value: float | Tensor, batch: int, heads: int) -> Tensor:
+    """The threshold as a tensor of shape [], [H] or [B, H] on its own device; its values are checked in `alpha`.
+
+    Raises:
+        TypeError: neither a real number nor a tensor of numbers.
+        ValueError: a number outside (0, 1], or a shape that does not broadcast to (batch, heads).
+    """
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"threshold has dtype {value.dtype}, wanted real numbers in (0, 1]; pass a float tensor")
+        if value.ndim > 2 or any(n not in (1, full) for n, full in zip(value.shape[::-1], (heads, batch), strict=False)):
+            raise ValueError(
+                f"threshold has shape {_shape(value)}, wanted () or ({heads},) or ({batch}, {heads}) = (batch, heads); "
+                "pass threshold[:, None] for one value per batch element, table[layer] for one layer of a table"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"threshold is {value!r} ({type(value).__name__}), wanted a number in (0, 1] or a tensor that broadcasts "
+            "to (batch, heads); pass a float, or torch.tensor([...]) with one value per head"
+        )
+    _probability(float(value))
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def alpha(value: Tensor, batch: int, heads: int, device: torch.device) -> Tensor:
+    """-ln(threshold) as float32 [B, H] on ``device``. Values on the CPU are checked here; values on another device by
+    an assertion on that device, so that nothing waits for it.
+
+    Raises:
+        ValueError: a value on the CPU that is NaN or outside (0, 1].
+    """
+    wide = value.double()
+    if value.device.type == "cpu":
+        for entry in wide.flatten().tolist():
+            _probability(entry)
+        if value.ndim == 0:
+            return torch.full((1, 1), -math.log(float(wide)), device=device).expand(batch, heads)
+    else:
+        torch._assert_async(((wide > 0) & (wide <= 1)).all(), "threshold holds NaN or a value outside (0, 1]")
+    return (-wide.log()).float().to(device, non_blocking=True).expand(batch, heads)
+
+
+def chunk_size(value: int | None) -> int:
+    """chunk_size as an int, 0 for None."""
+    if value is None:
+        return 0
+    size = _integer("chunk_size", value)
+    if size < 1:
+        raise ValueError(f"chunk_size is {size}, wanted at least 1 query; pass None to let the library choose")
+    return size
+
+
+def selection(value: spec.Selection, query: Tensor, key: Tensor) -> None:
+    """Check that a selection was made for these tensors.
+
+    Raises:
+        TypeError: not a Selection.
+        ValueError: made for other lengths, heads, batch or another device.
+    """
+    if not isinstance(value, spec.Selection):
+        raise TypeError(f"selection is a {type(value).__name__}, wanted a Selection; make one with select(query, key)")
+    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    got = (*value.words.shape[:2], value.q_len, value.k_len)
+    if wanted != got:
+        raise ValueError(
+            f"selection is for (B, H, Sq, Sk) = {got}, wanted {wanted} of query and key; "
+            "select again for these tensors"
+        )
+    if value.words.device != query.device:
+        raise ValueError(
+            f"selection is on {value.words.device}, wanted {query.device} like query; select on the same device"
+        )
+
+
+def _tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, wanted a torch.Tensor [B, H, S, D]; wrap it in torch.as_tensor")
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name} has shape {_shape(x)}, wanted 4 dimensions [batch, heads, length, head_dim]; "
+            "add the missing ones with x[None], or transpose(1, 2) from [B, S, H, D]"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}, wanted float16, bfloat16 or float32; convert it with .to(dtype)")
+    for size, what in zip(x.shape, ("batch", "heads", "length", "head_dim"), strict=True):
+        if size < 1:
+            raise ValueError(f"{name} has shape {_shape(x)}, wanted at least 1 in {what}; skip the call for empty input")
+    if x.shape[3] not in spec.HEAD_DIMS:
+        raise ValueError(
+            f"{name} has head_dim {x.shape[3]}, wanted one of {spec.HEAD_DIMS}; pad the head with zeros and pass scale"
+        )
+
+
+def _alike(name: str, x: Tensor, query: Tensor) -> None:
+    if x.dtype != query.dtype:
+        raise ValueError(f"{name} has dtype {x.dtype}, wanted {query.dtype} like query; convert one of them")
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device}, wanted {query.device} like query; move one of them")
+    if x.shape[0] != query.shape[0]:
+        raise ValueError(f"{name} has batch {x.shape[0]}, wanted {query.shape[0]} like query; expand or slice it")
+    if x.shape[3] != query.shape[3]:
+        raise ValueError(f"{name} has head_dim {x.shape[3]}, wanted {query.shape[3]} like query; project them alike")
+
+
+def _one_of(name: str, value: int, values: tuple[int, ...]) -> int:
+    number = _integer(name, value)
+    if number not in values:
+        raise ValueError(f"{name} is {number}, wanted one of {values}; the published values are P=64 and B=16")
+    return number
+
+
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), wanted an integer; pass an int")
+    return int(value)
+
+
+def _probability(value: float) -> None:
+    if not 0.0 < value <= 1.0:  # false for NaN too
+        raise ValueError(
+            f"threshold is {value}, wanted a number in (0, 1]: a key's probability relative to the largest; "
+            "0.9 is sparse, 0.001 dense"
+        )
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))

@@ -1,0 +1,292 @@
+"""The three verbs: `select`, `attend`, `vec_attention`, and `explain`. Check, choose, call.
+
+Each verb is a `torch.library` operator, so that `torch.compile(fullgraph=True)` sees one node with known shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vecattention import bits, checks, dispatch, spec
+from vecattention.spec import Problem, Rule, Selection
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    *,
+    threshold: float | Tensor = 0.9,
+    q_pooling_size: int = 64,
+    q_block_size: int | None = None,
+    k_local_size: int = 16,
+    group_k_block: int = 16,
+    max_scope: str = "window",
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Selection:
+    r"""Which keys each block of queries will attend to: min-p on the mean query of the block.
+
+    Key j is kept for block g when ``s[g, j] - ln(threshold) >= max`` with ``s[g, j] = scale <mean query of g, k_j>``;
+    in causal mode the first P keys and the block's own keys are always kept. `vecattention.spec` states the set exactly
+    (VecAttention, arXiv 2603.29494, TilingSelect with the minS filter).
+
+    Args:
+        query: [B, H, Sq, D], float16, bfloat16, float32 (float64 on the reference and the CPU), any strides.
+        key: [B, Hkv, Sk, D], same dtype and device; H a multiple of Hkv. Causal: Sq <= Sk, aligned bottom-right.
+        threshold: minimum probability of a key relative to the largest, in (0, 1]; higher is sparser. A number, or a
+            tensor of shape [], [H] or [B, H]. Values of a tensor on a GPU are checked there by a device assertion.
+        q_pooling_size: P, queries averaged into one pooled row: 16, 32, 64 or 128.
+        q_block_size: R, rows that share one list of keys, a multiple of P up to 128; None means P.
+        k_local_size: B, keys per tile: 16, 32, 64 or 128, at most P.
+        group_k_block: G, tiles per window (max_scope="window").
+        max_scope: "window", the published running maximum inside windows of B*G keys, or "row", the row's maximum.
+        causal: whether row i sees only keys at positions up to i + Sk - Sq.
+        scale: factor of the dot products; None means D ** -0.5.
+        backend: "auto", or one that `explain` lists; a named backend never falls back.
+
+    Returns:
+        The `Selection`: 1 bit per key and block of queries.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was wanted and what to do.
+
+    Example:
+        >>> import torch, vecattention
+        >>> query, key = torch.randn(1, 4, 512, 64), torch.randn(1, 2, 512, 64)
+        >>> vecattention.select(query, key, threshold=0.9).density().shape
+        torch.Size([1, 4])
+    """
+    checks.tensors(causal, query=query, key=key)
+    rule = checks.rule(
+        head_dim=query.shape[3], q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
+        group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale,
+    )  # fmt: skip
+    limit = checks.threshold(threshold, query.shape[0], query.shape[1])
+    dispatch.check(backend)
+    words = _select(query, key, limit, *_arguments(rule), backend)
+    return Selection(words, query.shape[2], key.shape[2], rule.q_block_size, causal)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact softmax attention over exactly the selected keys: ``out_i = sum_j softmax_j(scale <q_i, k_j>) v_j``.
+
+    Args:
+        query: [B, H, Sq, D], float16, bfloat16, float32 (float64 on the reference and the CPU), any strides.
+        key: [B, Hkv, Sk, D], same dtype and device.
+        value: [B, Hkv, Sk, D], same dtype and device.
+        selection: made for the same B, H, Sq, Sk by `select` or a method of `vecattention.methods`.
+        scale: factor of the dot products; None means D ** -0.5.
+        return_lse: also return the log-sum-exp, with which results over disjoint sets of keys merge exactly.
+        backend: "auto", or one that `explain` lists; a named backend never falls back.
+
+    Returns:
+        [B, H, Sq, D] in the input dtype; with return_lse also the natural-log log-sum-exp, float32 [B, H, Sq].
+        A row with no key gives 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was wanted and what to do.
+
+    Example:
+        >>> import torch, vecattention
+        >>> query, key, value = (torch.randn(1, 2, 300, 32) for _ in range(3))
+        >>> selection = vecattention.select(query, key)
+        >>> out, lse = vecattention.attend(query, key, value, selection, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 2, 300, 32]), torch.Size([1, 2, 300]))
+    """
+    checks.tensors(False, query=query, key=key, value=value)
+    checks.selection(selection, query, key)
+    dispatch.check(backend)
+    scale = checks.scale_of(scale, query.shape[3])
+    out, lse = _attend(query, key, value, selection.words, selection.block, selection.causal, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def vec_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threshold: float | Tensor = 0.9,
+    q_pooling_size: int = 64,
+    q_block_size: int | None = None,
+    k_local_size: int = 16,
+    group_k_block: int = 16,
+    max_scope: str = "window",
+    causal: bool = True,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Vector-sparse attention: ``attend(query, key, value, select(query, key, ...))`` in bounded memory.
+
+    Arguments, shapes and errors are those of `select` and `attend`. The queries are handled ``chunk_size`` at a time
+    (rounded to whole blocks; None bounds the workspace by itself); the result does not depend on it.
+
+    Returns:
+        [B, H, Sq, D] in the input dtype; with return_lse also the natural-log log-sum-exp, float32 [B, H, Sq].
+
+    Example:
+        >>> import torch, vecattention
+        >>> query = torch.randn(1, 4, 1000, 64)
+        >>> key, value = torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
+        >>> vecattention.vec_attention(query, key, value, threshold=0.8).shape
+        torch.Size([1, 4, 1000, 64])
+    """
+    out, lse, _ = counted(
+        query, key, value, count=False, threshold=threshold, q_pooling_size=q_pooling_size, q_block_size=q_block_size,
+        k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale,
+        chunk_size=chunk_size, backend=backend,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def counted(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threshold: float | Tensor,
+    causal: bool = True,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    count: bool = True,
+    **rule_arguments: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`vec_attention` that also counts: (out, lse, kept pairs int64 [B, H], or [0, 0] without ``count``)."""
+    checks.tensors(causal, query=query, key=key, value=value)
+    rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
+    limit = checks.threshold(threshold, query.shape[0], query.shape[1])
+    dispatch.check(backend)
+    asked = checks.chunk_size(chunk_size)
+    return _vec_attention(query, key, value, limit, *_arguments(rule), asked, count, backend)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    threshold: float | Tensor = 0.9,
+    causal: bool = True,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    **rule_arguments: object,
+) -> dispatch.Explanation:
+    """Say which backend `vec_attention` would use with these arguments, why not the others, and its workspace.
+
+    Nothing is computed: tensors on the meta device serve as well. Takes the arguments of `vec_attention`.
+
+    Example:
+        >>> import torch, vecattention
+        >>> query = torch.randn(1, 2, 256, 64)
+        >>> vecattention.explain(query, query, query).backend
+        'cpu'
+    """
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    checks.tensors(causal, **given)
+    rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
+    checks.threshold(threshold, query.shape[0], query.shape[1])
+    return dispatch.explain(Problem.of(query, key, rule), backend, checks.chunk_size(chunk_size))
+
+
+def rule_of(
+    head_dim: int,
+    *,
+    q_pooling_size: int = 64,
+    q_block_size: int | None = None,
+    k_local_size: int = 16,
+    group_k_block: int = 16,
+    max_scope: str = "window",
+    causal: bool = True,
+    scale: float | None = None,
+) -> Rule:
+    """The `Rule` of the keyword arguments of `select`, with their defaults, checked."""
+    return checks.rule(
+        head_dim=head_dim, q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
+        group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale,
+    )  # fmt: skip
+
+
+def _arguments(rule: Rule) -> tuple[int, int, int, int, str, bool, float]:
+    return (rule.q_pooling_size, rule.q_block_size, rule.k_local_size, rule.group_k_block, rule.max_scope,
+            rule.causal, rule.scale)  # fmt: skip
+
+
+@torch.library.custom_op("vecattention::select", mutates_args=())
+def _select(query: Tensor, key: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int, scope: str,
+            causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
+    rule = Rule(pool, block, tile, group, scope, causal, scale)
+    problem = Problem.of(query, key, rule)
+    alpha = checks.alpha(threshold, problem.batch, problem.heads, query.device)
+    return dispatch.choose(backend, problem).select(query, key, alpha, rule)
+
+
+@_select.register_fake
+def _(query: Tensor, key: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int, scope: str,
+      causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
+    blocks = (query.shape[2] + block - 1) // block
+    width = (key.shape[2] + bits.WORD - 1) // bits.WORD
+    return query.new_empty((query.shape[0], query.shape[1], blocks, width), dtype=torch.int32)
+
+
+@torch.library.custom_op("vecattention::attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, words: Tensor, block: int, causal: bool, scale: float,
+            backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    selection = Selection(words, query.shape[2], key.shape[2], block, causal)
+    problem = Problem.of(query, key, Rule(q_pooling_size=block, q_block_size=block, causal=causal, scale=scale))
+    out, lse = _outputs(query)
+    dispatch.choose(backend, problem).attend(query, key, value, selection, scale, out, lse)
+    return out, lse
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, words: Tensor, block: int, causal: bool, scale: float,
+      backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _outputs(query)
+
+
+@torch.library.custom_op("vecattention::vec_attention", mutates_args=())
+def _vec_attention(query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, pool: int, block: int, tile: int,
+                   group: int, scope: str, causal: bool, scale: float, chunk: int, count: bool, backend: str,
+                   ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rule = Rule(pool, block, tile, group, scope, causal, scale)
+    problem = Problem.of(query, key, rule)
+    alpha = checks.alpha(threshold, problem.batch, problem.heads, query.device)
+    chosen = dispatch.choose(backend, problem)
+    out, lse = _outputs(query)
+    kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
+    size = dispatch.chunk_for(problem, chunk)
+    for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, size, causal):
+        q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+        selection = Selection(chosen.select(q, k, alpha, rule), q.shape[2], k.shape[2], block, causal)
+        chosen.attend(q, k, v, selection, scale, out[:, :, rows], lse[:, :, rows])
+        if count:
+            kept += selection.kept_pairs()
+    return out, lse, kept
+
+
+@_vec_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int,
+      scope: str, causal: bool, scale: float, chunk: int, count: bool, backend: str,
+      ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = (query.shape[0], query.shape[1]) if count else (0, 0)
+    return (*_outputs(query), query.new_empty(shape, dtype=torch.int64))
+
+
+def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous out [B, H, Sq, D] and lse float32 [B, H, Sq], unwritten."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

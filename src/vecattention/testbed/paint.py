@@ -138,17 +138,48 @@ def _sprites(dice: Dice, shape: Tensor, rgb: Tensor, radius: Tensor, first: Tens
 
 def paint(movie: Script, start: int, stop: int) -> Tensor:
     """Frames start..stop of the B movies laid end to end, [stop - start, 3, 56, 56] float32 in 0..255 (not rounded)."""
-    device = movie.scenes.device
-    index = torch.arange(start, stop, device=device)
-    time = (index % movie.frames).float()
-    axis = (torch.arange(SIZE, device=device, dtype=torch.float32) + 0.5) / SIZE
+    index = torch.arange(start, stop, device=movie.scenes.device)
+    time, axis = (index % movie.frames).float(), _axis(movie.scenes.device)
     image = _background(movie.scenes[movie.scene_at.flatten()[index]], time, axis)
     for table, at in ((movie.decoys, movie.decoy_at), (movie.needles, movie.needle_at)):
         row = at.flatten()[index]
         seen = (row >= 0).nonzero().flatten()
         if len(seen):
-            image[seen] = _draw(image[seen], table[row[seen]], time[seen], axis)
+            sprite = table[row[seen]]
+            outline = shapes.outlines(axis.device)
+            image[seen] = _draw(image[seen], sprite, outline, _holes(sprite), time[seen], axis)
     return image.mul_(255)
+
+
+def gather(movie: Script, start: int, stop: int) -> tuple[Tensor, ...]:
+    """What `compose` needs to paint frames start..stop, as tensors whose shapes depend on stop - start alone."""
+    index = torch.arange(start, stop, device=movie.scenes.device).clamp_(max=movie.scene_at.numel() - 1)
+    parts = [(index % movie.frames).float(), _axis(index.device), shapes.outlines(index.device)]
+    parts.append(movie.scenes[movie.scene_at.flatten()[index]])
+    for table, at in ((movie.decoys, movie.decoy_at), (movie.needles, movie.needle_at)):
+        row = at.flatten()[index]
+        sprite = table[row.clamp(min=0)]
+        sprite[:, 4] = torch.where(row >= 0, sprite[:, 4], torch.full_like(sprite[:, 4], -1.0))
+        parts += [sprite, _holes(sprite)]
+    return tuple(parts)
+
+
+def compose(time: Tensor, axis: Tensor, outline: Tensor, scene: Tensor, *sprites: Tensor) -> Tensor:
+    """The frames that `gather` describes, as `paint` gives them; one formula, for compilers to fuse."""
+    image = _background(scene, time, axis)
+    for sprite, hole in zip(sprites[::2], sprites[1::2], strict=True):
+        image = _draw(image, sprite, outline, hole, time, axis)
+    return image * 255
+
+
+def _axis(device: torch.device) -> Tensor:
+    return (torch.arange(SIZE, device=device, dtype=torch.float32) + 0.5) / SIZE
+
+
+def _holes(sprite: Tensor) -> Tensor:
+    """Radii of the holes of sprites [n, 12], in frame widths (-1: no hole)."""
+    hole = shapes.inner_radii(sprite.device)[sprite[:, 0].long()]
+    return torch.where(hole > 0, hole * sprite[:, 4], torch.full_like(hole, -1.0))
 
 
 def _background(p: Tensor, time: Tensor, axis: Tensor) -> Tensor:
@@ -167,20 +198,19 @@ def _background(p: Tensor, time: Tensor, axis: Tensor) -> Tensor:
     return torch.addcmul(low, high - low, value[:, None])
 
 
-def _draw(image: Tensor, p: Tensor, time: Tensor, axis: Tensor) -> Tensor:
-    """`image` [n, 3, 56, 56] with one sprite on each: p [n, 12] sprite rows, time [n] frames."""
+def _draw(image: Tensor, p: Tensor, outline: Tensor, hole: Tensor, time: Tensor, axis: Tensor) -> Tensor:
+    """`image` [n, 3, 56, 56] with one sprite on each: p [n, 12] sprite rows, hole [n], time [n] frames.
+
+    A sprite of negative radius is not drawn.
+    """
     age = time - p[:, 11]
     x0, y0 = p[:, 5] + p[:, 7] * age, p[:, 6] + p[:, 8] * age
     turn = p[:, 9] + p[:, 10] * age
     dx, dy = axis[None, None, :] - x0[:, None, None], axis[None, :, None] - y0[:, None, None]
     far = torch.sqrt(dx * dx + dy * dy)
-    shape = p[:, 0].long()
-    entry = (torch.atan2(dy, dx) - turn[:, None, None]).mul_(shapes.ANGLES / (2 * math.pi)).round_().long()
-    entry = entry.remainder_(shapes.ANGLES).add_(shape[:, None, None] * shapes.ANGLES)
-    radius = p[:, 4, None, None]
-    edge = shapes.outlines(image.device).flatten()[entry] * radius
-    hole = shapes.inner_radii(image.device)[shape][:, None, None] * radius
+    entry = ((torch.atan2(dy, dx) - turn[:, None, None]) * (shapes.ANGLES / (2 * math.pi))).round().long()
+    entry = entry.remainder(shapes.ANGLES) + p[:, 0].long()[:, None, None] * shapes.ANGLES
+    edge = outline.flatten()[entry] * p[:, 4, None, None]
     soft = SIZE / 1.5
-    cover = ((edge - far) * soft + 0.5).clamp_(0, 1)
-    cover = cover * torch.where(hole > 0, ((far - hole) * soft + 0.5).clamp(0, 1), torch.ones_like(far))
-    return torch.lerp(image, p[:, 1:4, None, None].expand_as(image), cover[:, None])
+    cover = ((edge - far) * soft + 0.5).clamp(0, 1) * ((far - hole[:, None, None]) * soft + 0.5).clamp(0, 1)
+    return image + (p[:, 1:4, None, None] - image) * cover[:, None]

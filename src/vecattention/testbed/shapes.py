@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -32,16 +33,19 @@ _RGB = (
 _INNER = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0)
 
 
+@functools.cache
 def colour_table(device: torch.device) -> Tensor:
     """Colours of the needles, [8, 3] float32 in 0..1, in the order of `COLOURS`."""
     return torch.tensor(_RGB, dtype=torch.float32, device=device) / 255
 
 
+@functools.cache
 def inner_radii(device: torch.device) -> Tensor:
     """Radius of the hole of each shape, [9] float32, in units of the shape's radius (0: no hole)."""
     return torch.tensor(_INNER, dtype=torch.float32, device=device)
 
 
+@functools.cache
 def outlines(device: torch.device) -> Tensor:
     """Distance from the centre to the edge of each shape, [9, ANGLES] float32, in units of its radius.
 
@@ -84,6 +88,6 @@ def _polygon(corners: list[tuple[float, float]]) -> Tensor:
     det = edge[:, 0] * ray[..., 1] - edge[:, 1] * ray[..., 0]
     safe = torch.where(det.abs() < 1e-12, torch.ones_like(det), det)
     along = (edge[:, 0] * p[:, 1] - edge[:, 1] * p[:, 0]) / safe
-    where = (p[:, 1] * ray[..., 0] - p[:, 0] * ray[..., 1]) / -safe
+    where = (p[:, 1] * ray[..., 0] - p[:, 0] * ray[..., 1]) / safe
     hit = (det.abs() >= 1e-12) & (along > 0) & (where >= -1e-9) & (where <= 1 + 1e-9)
     return torch.where(hit, along, torch.zeros_like(along)).amax(-1)

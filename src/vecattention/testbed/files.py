@@ -32,6 +32,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     os.close(handle)
     try:
         yield name
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -69,7 +72,7 @@ def _encode(container: OutputContainer, pieces: Iterable[Tensor], rate: Fraction
     for piece in pieces:
         _check_piece(piece)
         if stream is None:
-            options = {"crf": CRF, "preset": "veryfast", "x264-params": "keyint=64:log-level=error"}
+            options = {"crf": CRF, "preset": "veryfast", "x264-params": "keyint=64:threads=1:log-level=error"}
             stream = container.add_stream("libx264", rate=rate, options=options)
             stream.height, stream.width, stream.pix_fmt = piece.shape[1], piece.shape[2], "yuv420p"
         elif tuple(piece.shape[1:3]) != (stream.height, stream.width):
@@ -91,7 +94,9 @@ def _check_piece(piece: Tensor) -> None:
         kind = piece.dtype if isinstance(piece, Tensor) else type(piece).__name__
         raise TypeError(f"frames is {kind}, wanted a uint8 tensor [T, H, W, 3]; convert it with torch.as_tensor(...)")
     if piece.ndim != 4 or piece.shape[3] != 3 or piece.shape[1] % 2 or piece.shape[2] % 2:
-        raise ValueError(f"frames has shape {tuple(piece.shape)}, wanted [T, H, W, 3] with H and W even; crop or pad them")
+        raise ValueError(
+            f"frames has shape {tuple(piece.shape)}, wanted [T, H, W, 3] with H and W even; crop or pad them"
+        )
 
 
 def read(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
@@ -124,16 +129,19 @@ def read(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[T
 
 
 def _decode(container: InputContainer, name: str, max_frames: int | None) -> tuple[Tensor, float]:
+    from av.video.reformatter import VideoReformatter
+
     if not container.streams.video:
         raise VideoError(f"path {name!r} has no video stream, wanted a video; pass another file")
     stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+    stream.thread_type = "SLICE"
     stream.codec_context.options = {"err_detect": "explode"}
     promised, broken = stream.frames, 0
     frames: list[Tensor] = []
+    to_rgb = VideoReformatter()
     for frame in container.decode(stream):
         broken += bool(frame.is_corrupt)
-        frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+        frames.append(torch.from_numpy(to_rgb.reformat(frame, format="rgb24").to_ndarray()))
         if max_frames is not None and len(frames) == max_frames:
             break
     wanted = promised if max_frames is None else min(promised, max_frames)

@@ -1,14 +1,16 @@
 """The testbed's model: the real Qwen2.5-VL classes with small numbers; building, saving and loading.
 
-    model, processor = load()                  the trained model that ships with the package
-    model, processor = load("path/to/model")   any Qwen2.5-VL checkpoint directory
+`load()` gives the trained model that ships with the package, `load(path)` any Qwen2.5-VL checkpoint directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -79,7 +81,8 @@ def build(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 def processor() -> Qwen2_5_VLProcessor:
     """The processor: the real image and video processors at 28 x 28 pixels, the tokenizer of `words`, its template."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     size = {"shortest_edge": PIXELS * PIXELS, "longest_edge": PIXELS * PIXELS}
     return Qwen2_5_VLProcessor(
@@ -92,11 +95,9 @@ def processor() -> Qwen2_5_VLProcessor:
 
 def save(model: Qwen2_5_VLForConditionalGeneration, directory: str | os.PathLike[str]) -> None:
     """Write the model (safetensors) and the processor's files to a directory, each file whole or not at all."""
-    import tempfile
-
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving.", dir=target) as name:
+    with _quiet(), tempfile.TemporaryDirectory(prefix=".saving.", dir=target) as name:
         model.save_pretrained(name)
         processor().save_pretrained(name)
         for file in sorted(Path(name).iterdir()):
@@ -116,20 +117,45 @@ def load(
     Raises:
         ModelError: no such directory, or one without a configuration, weights or a processor.
     """
+    from safetensors import SafetensorError
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
     directory = DATA / "model" if path is None else Path(path)
     _check_directory(directory)
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        reader = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with _quiet():
+            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            reader = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"path is {str(directory)!r}, wanted a Qwen2.5-VL checkpoint that transformers can load; it says: {error}"
         ) from error
-    return model.to(device).eval(), reader
+    model: Qwen2_5_VLForConditionalGeneration = loaded[0]
+    missing = loaded[1]["missing_keys"]
+    if missing:
+        raise ModelError(
+            f"path {str(directory)!r} lacks {len(missing)} weights ({min(missing)}, ...), wanted all of them; "
+            "copy the whole checkpoint there"
+        )
+    model.eval()
+    torch.nn.Module.to(model, torch.device(device))
+    return model, reader
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which are as the caller had them afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_directory(directory: Path) -> None:

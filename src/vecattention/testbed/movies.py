@@ -9,6 +9,7 @@ One vision token covers `FRAMES_PER_TOKEN` frames (the temporal patch of Qwen2.5
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,7 +52,10 @@ class Movie:
     @property
     def asked(self) -> Needle:
         """The needle whose depth was set."""
-        return next(needle for needle in self.needles if needle.is_asked)
+        for needle in self.needles:
+            if needle.is_asked:
+                return needle
+        raise ValueError("needles has none with is_asked=True, wanted one; movies.make sets it")
 
     @property
     def tokens(self) -> int:
@@ -60,7 +64,12 @@ class Movie:
 
 
 def make(
-    seed: int = 0, tokens: int = 4096, needles: int = 4, depth: float | None = None, fps: float = 2.0, repeat: bool = False
+    seed: int = 0,
+    tokens: int = 4096,
+    needles: int = 4,
+    depth: float | None = None,
+    fps: float = 2.0,
+    repeat: bool = False,
 ) -> Movie:
     """The movie of this seed.
 
@@ -77,6 +86,20 @@ def make(
         TypeError: seed, tokens or needles is not an int.
         ValueError: an argument outside its values, or a movie too short for its needles.
     """
+    _check_make(seed, tokens, needles, depth, fps)
+    frames = tokens * FRAMES_PER_TOKEN
+    generator = torch.Generator().manual_seed(seed)
+    slots = place(1, frames, needles, generator, repeat)
+    asked = int(torch.randint(needles, (), generator=generator))
+    columns = (column[0].tolist() for column in (slots.shape, slots.colour, slots.start, slots.end))
+    rows: list[Row] = list(zip(*columns, strict=True))
+    if depth is not None:
+        rows = _move(rows, asked, depth, frames, generator)
+    found = [Needle(SHAPES[s], COLOURS[c], a, b, i == asked) for i, (s, c, a, b) in enumerate(rows)]
+    return Movie(seed, frames, float(fps), tuple(sorted(found, key=lambda needle: needle.start_frame)))
+
+
+def _check_make(seed: int, tokens: int, needles: int, depth: float | None, fps: float) -> None:
     for name, value in (("seed", seed), ("tokens", tokens), ("needles", needles)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, wanted an int; pass a whole number")
@@ -90,15 +113,6 @@ def make(
         raise ValueError(f"depth is {depth}, wanted a fraction of the movie, 0 to 1; 0.5 is the middle")
     if not fps > 0:
         raise ValueError(f"fps is {fps}, wanted frames a second, more than 0; 2 is what Qwen2.5-VL samples")
-    frames = tokens * FRAMES_PER_TOKEN
-    generator = torch.Generator().manual_seed(seed)
-    slots = place(1, frames, needles, generator, repeat)
-    asked = int(torch.randint(needles, (), generator=generator))
-    rows = list(zip(*(column[0].tolist() for column in (slots.shape, slots.colour, slots.start, slots.end)), strict=True))
-    if depth is not None:
-        rows = _move(rows, asked, depth, frames, generator)
-    found = [Needle(SHAPES[s], COLOURS[c], a, b, i == asked) for i, (s, c, a, b) in enumerate(rows)]
-    return Movie(seed, frames, float(fps), tuple(sorted(found, key=lambda needle: needle.start_frame)))
 
 
 def place(batch: int, frames: int, count: int, generator: torch.Generator, repeat: bool) -> paint.Slots:
@@ -157,7 +171,7 @@ def render(movie: Movie) -> Tensor:
     return torch.cat(list(chunks(movie)))
 
 
-def write(movie: Movie | Tensor, path: str, fps: float | None = None) -> None:
+def write(movie: Movie | Tensor, path: str | os.PathLike[str], fps: float | None = None) -> None:
     """Write a movie, or frames uint8 [T, H, W, 3] at `fps`, to `path` as H.264 in MP4; the file appears whole or not at all."""
     if isinstance(movie, Movie):
         write_frames(chunks(movie), path, movie.fps if fps is None else fps)

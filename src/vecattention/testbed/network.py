@@ -50,7 +50,7 @@ def think(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[Tens
     """Last hidden states [B, S, 256] of a batch, and its vision embeddings [B, T, 256]."""
     embed = model.get_input_embeddings()
     rows = len(batch.after)
-    video = see(model.model.visual, batch.patches).view(rows, -1, embed.weight.shape[1])
+    video = see(model.model.visual, batch.patches).unflatten(0, (rows, -1))
     before = embed(batch.before).expand(rows, -1, -1)
     sequence = torch.cat([before, video.to(before.dtype), embed(batch.after)], 1)
     out = model.model.language_model(inputs_embeds=sequence, position_ids=batch.positions, use_cache=False)

@@ -38,7 +38,8 @@ def prepare(
     if max_tokens is not None:
         frames, fps = _thin(processor, frames, fps, max_tokens)
     content = [{"type": "video"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    talk: Any = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(talk, add_generation_prompt=True)
     metadata = {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
     batch = processor(
         text=[text],

@@ -19,7 +19,7 @@ SPECIAL = (
     "<|video_pad|>",
     "<|unknown|>",
 )
-PLAIN = ("user", "assistant", "system", "which", "what", "color", "colour", "was", "is", "of", "the", "a", "shape", "?", ".")
+PLAIN = ("user", "assistant", "system", "which", "what", "color", "colour", "was", "is", "of", "the", "a", "shape", "?", ".")  # fmt: skip
 VOCABULARY = SPECIAL + PLAIN + SHAPES + COLOURS
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 

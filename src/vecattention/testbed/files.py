@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -28,13 +28,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path is {str(target)!r}, wanted a file in an existing folder; create {target.parent}")
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
+    name = str(target.with_name(f".{target.stem}.{uuid.uuid4().hex}{target.suffix}"))
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield name
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -6,6 +6,9 @@ import torch
 import triton
 
 from vecattention import spec
+from vecattention.backends.triton.launch import attend, select
+
+__all__ = ["attend", "select", "why_not"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -1,0 +1,145 @@
+"""From tensors to launches: strides, grids and launch shapes. What a launch shape changes is speed, never a result."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from vecattention import bits, spec
+from vecattention.backends.triton.attend import attend_kernel
+from vecattention.backends.triton.select import pool_kernel, select_kernel
+
+
+@dataclass(frozen=True)
+class SelectShape:
+    """Pooled rows, keys per step and keys per program of the selection, with its warps and pipeline stages."""
+
+    rows: int = 64
+    step: int = 64
+    segment: int = 2048
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class AttendShape:
+    """Keys per step, words per decoded segment, warps and pipeline stages of the attention."""
+
+    step: int = 64
+    words: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectShape:
+    """The launch shape of the selection: at least one block of R rows and one tile of B keys a step."""
+    rows, step = max(64, rule.rows_per_block), max(64, rule.k_local_size)
+    if dtype == torch.float32 or head_dim > 128:
+        return SelectShape(rows, step, warps=8, stages=1)
+    return SelectShape(rows, step)
+
+
+def attend_shape(block: int, head_dim: int, dtype: torch.dtype) -> AttendShape:
+    """The launch shape of the attention over gathered keys."""
+    if dtype == torch.float32:
+        return AttendShape(step=32 if head_dim > 64 else 64, warps=8 if block > 32 else 4, stages=1)
+    if head_dim > 128:
+        return AttendShape(step=32, warps=8, stages=2)
+    return AttendShape(warps=8 if block > 64 else 4)
+
+
+def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor:
+    """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
+    batch, heads, q_len, dim = query.shape
+    k_len, pool = key.shape[2], rule.q_pooling_size
+    query, key = _unit_stride(query), _unit_stride(key)
+    shape = select_shape(rule, dim, query.dtype)
+    plan = _Segments.of(rule, k_len, shape)
+    rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
+    pooled = torch.empty((batch, heads, rows, dim), dtype=torch.float32, device=query.device)
+    words = torch.zeros((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
+    tops = torch.empty((batch, heads, rows, plan.segments if plan.carry else 0), device=query.device)
+    limits = alpha.contiguous()
+    block_d = triton.next_power_of_2(dim)
+    row_tiles = -(-rows // shape.rows)
+
+    def run(maxima: bool, carry: bool, tops: Tensor) -> None:
+        select_kernel[(row_tiles * plan.segments, batch * heads)](
+            pooled, key, limits, words, tops, *key.stride()[:3], heads, heads // key.shape[1], rows, k_len,
+            k_len - q_len, width, blocks, row_tiles, plan.segments, plan.per_unit, plan.unit, plan.group,
+            D=dim, BLOCK_D=block_d, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, T=shape.rows,
+            KB=shape.step, SEG=plan.segment, ROW_SCOPE=rule.max_scope == "row", CAUSAL=rule.causal, MAXIMA=maxima,
+            CARRY=carry, SPLIT=query.dtype != torch.float32, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+
+    with _device(query):
+        pool_kernel[(rows, batch * heads)](
+            query, pooled, *query.stride()[:3], heads, q_len, rows, rule.scale, D=dim, BLOCK_D=block_d, P=pool
+        )
+        if plan.carry:
+            tops.fill_(-torch.inf)
+            run(True, False, tops)
+            if rule.max_scope == "row":
+                tops = tops.amax(dim=-1)
+        run(False, plan.carry, tops)
+    return words
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection, scale: float,
+           out: Tensor, lse: Tensor) -> None:  # fmt: skip
+    """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
+    batch, heads, q_len, dim = query.shape
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    words = selection.words.contiguous()
+    shape = attend_shape(selection.block, dim, query.dtype)
+    ring = triton.next_power_of_2(shape.words * bits.WORD + shape.step)
+    rings = torch.empty((batch, heads, selection.blocks, ring), dtype=torch.int32, device=query.device)
+    with _device(query):
+        attend_kernel[(selection.blocks, heads, batch)](
+            query, key, value, words, rings, out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            *out.stride()[:3], *lse.stride()[:2], heads, heads // key.shape[1], q_len, selection.k_len,
+            words.shape[3], selection.blocks, scale,
+            D=dim, BLOCK_D=triton.next_power_of_2(dim), R=selection.block, BM=max(16, selection.block), BN=shape.step,
+            SEGMENT=shape.words, RING=ring, CAUSAL=selection.causal, STAGES=shape.stages,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=shape.warps,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """How the keys are cut: units of whole windows (whole words), each of per_unit segments."""
+
+    segment: int
+    unit: int
+    per_unit: int
+    segments: int
+    group: int
+    carry: bool
+
+    @classmethod
+    def of(cls, rule: spec.Rule, k_len: int, shape: SelectShape) -> _Segments:
+        tile = rule.k_local_size
+        group = min(rule.group_k_block, -(-k_len // tile))
+        unit = window = tile * group
+        if window % bits.WORD:
+            unit = 2 * window  # windows that end inside a word share their unit with the next
+        if rule.max_scope == "row":
+            unit = -(-k_len // shape.segment) * shape.segment
+        elif unit <= shape.segment:
+            unit = shape.segment // unit * unit  # several whole windows fit into one segment
+            return cls(unit, unit, 1, -(-k_len // unit), group, False)
+        per_unit = -(-unit // shape.segment)
+        carry = rule.max_scope == "row" or per_unit > 1
+        return cls(shape.segment, unit, per_unit, -(-k_len // unit) * per_unit, group, carry)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

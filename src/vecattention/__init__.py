@@ -7,8 +7,10 @@
 Importing needs only torch; Triton, transformers and the rest are imported by what uses them.
 """
 
+from vecattention.integrations import apply, register
 from vecattention.ops import attend, explain, select, vec_attention
 from vecattention.spec import Selection
+from vecattention.thresholds import ThresholdTable
 
-__all__ = ["Selection", "attend", "explain", "select", "vec_attention"]
+__all__ = ["Selection", "ThresholdTable", "apply", "attend", "explain", "register", "select", "vec_attention"]
 __version__ = "0.1.0"

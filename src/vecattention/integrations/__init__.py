@@ -1,0 +1,105 @@
+"""Sparse attention in models of other libraries. Nothing of theirs is imported before it is used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vecattention.integrations.run import Run
+
+__all__ = ["apply", "register"]
+
+
+def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager[Run]:
+    """Run a model with sparse attention: a context manager that switches the model, and restores it on exit.
+
+    In a transformers model (Qwen2.5-VL, Qwen3-VL, InternVL, LLaVA-OneVision, Llama, Qwen and others whose attention
+    goes through `transformers.AttentionInterface`) the text part's causal attention is switched, vision towers are not
+    touched. Prefill is sparse, whole or in chunks, with any batch and left or right padding; one-token decoding is
+    dense. What cannot be served (other masks, cross-attention, training, short sequences) stays dense, equal to "sdpa",
+    and is logged once per run with the reason. The switch is the model's: every thread that calls the model meanwhile
+    gets it, unless that thread entered an `apply` of its own. Nested uses: the innermost counts.
+
+    Args:
+        model_or_pipeline: a transformers model, a pipeline of one, or a module that wraps one. Diffusers pipelines are
+            not served yet.
+        threshold: as in `vecattention.select`, for every layer; 0.9 when neither this nor a table is given.
+        table: a `ThresholdTable`, instead; its settings are used, and others are refused.
+        q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
+            `vecattention.vec_attention`.
+        min_length: calls with fewer keys stay dense. None means 2 * q_pooling_size + 1: below, the first block and
+            each block's own keys are all there is, so that nothing can be left out. Speed may want a larger one.
+        vision_span: None makes all rows sparse, text included. (start, end) in token positions, or "auto" to find
+            them from input_ids, is the published way for video understanding: rows before and after the span of the
+            vision tokens stay dense, rows inside attend sparsely.
+
+    Returns:
+        A context manager that yields a run; ``run.stats`` tells density and calls per layer and head, and ``print(run)``
+        shows them. Counting does not wait for the device, reading does.
+
+    Raises:
+        TypeError: not such a model, or an argument that does not exist.
+        ValueError: an argument outside its values, or a table that does not fit the model.
+
+    Example:
+        >>> import torch, vecattention
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2, num_key_value_heads=1)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> with torch.no_grad(), vecattention.apply(model, threshold=0.8) as run:
+        ...     logits = model(torch.randint(99, (1, 300))).logits
+        >>> run.stats.density.shape, run.stats.sparse_calls
+        (torch.Size([2, 2]), 2)
+    """
+    home = _home(model_or_pipeline)
+    known = tuple(inspect.signature(home.apply).parameters)[1:]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise TypeError(f"apply got {unknown}, wanted names among {known}; correct or leave out the others")
+    context: AbstractContextManager[Run] = home.apply(model_or_pipeline, **arguments)
+    return context
+
+
+def register() -> None:
+    """Make the name "vecattention" known to transformers, which this imports.
+
+    Afterwards ``from_pretrained(path, attn_implementation={"text_config": "vecattention"})`` works. `apply` registers
+    by itself, so that only loading by name needs this.
+
+    Example:
+        >>> import vecattention
+        >>> vecattention.register()
+        >>> from transformers import AttentionInterface
+        >>> "vecattention" in AttentionInterface()
+        True
+    """
+    importlib.import_module("vecattention.integrations.transformers")
+
+
+def _home(model: object) -> Any:
+    """The module that serves models of this kind, told by the libraries that their classes come from."""
+    libraries = _libraries(model) | {name for part in _parts(model) for name in _libraries(part)}
+    if "diffusers" in _libraries(model):
+        raise TypeError(
+            f"model_or_pipeline is a {type(model).__name__} of diffusers, wanted a transformers model: diffusers "
+            "pipelines and transformers are not served yet; call vecattention.vec_attention in an attention processor"
+        )
+    if "transformers" not in libraries:
+        raise TypeError(
+            f"model_or_pipeline is a {type(model).__name__}, wanted a transformers model, a pipeline of one or a module "
+            "that wraps one; call vecattention.vec_attention in your own attention instead"
+        )
+    return importlib.import_module("vecattention.integrations.transformers")
+
+
+def _libraries(value: object) -> set[str]:
+    return {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+
+
+def _parts(model: object) -> list[object]:
+    modules = getattr(model, "modules", None)
+    return list(modules()) if callable(modules) and not isinstance(model, type) else []

@@ -7,8 +7,16 @@ import inspect
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from vecattention.integrations.arrival import when_imported
+
 if TYPE_CHECKING:
     from vecattention.integrations.run import Run
+
+HOMES = {
+    "transformers": "vecattention.integrations.transformers",
+    "diffusers": "vecattention.integrations.diffusers",
+}
+"""Libraries whose models are served, and the module that serves them: its ``apply`` takes the model and keywords."""
 
 __all__ = ["apply", "register"]
 
@@ -19,13 +27,17 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
     In a transformers model (Qwen2.5-VL, Qwen3-VL, InternVL, LLaVA-OneVision, Llama, Qwen and others whose attention
     goes through `transformers.AttentionInterface`) the text part's causal attention is switched, vision towers are not
     touched. Prefill is sparse, whole or in chunks, with any batch and left or right padding; one-token decoding is
-    dense. What cannot be served (other masks, cross-attention, training, short sequences) stays dense, equal to "sdpa",
-    and is logged once per run with the reason. The switch is the model's: every thread that calls the model meanwhile
-    gets it, unless that thread entered an `apply` of its own. Nested uses: the innermost counts.
+    dense. What cannot be served (other masks, cross-attention, training, short sequences) stays dense, as the model had
+    it before, and is logged once per run with the reason. The switch is the model's: every thread that calls the model
+    meanwhile gets it, unless that thread entered an `apply` of its own. Nested uses: the innermost counts.
+
+    In a pipeline or transformer of diffusers (Wan, HunyuanVideo) the self-attention of the video tokens is switched,
+    non-causal; cross-attention and image branches are not touched. The first steps and layers stay dense. In
+    HunyuanVideo video rows attend video and real prompt keys, and prompt rows stay dense. The step and the guidance
+    branch are those that the pipeline announces.
 
     Args:
-        model_or_pipeline: a transformers model, a pipeline of one, or a module that wraps one. Diffusers pipelines are
-            not served yet.
+        model_or_pipeline: a model of transformers or diffusers, a pipeline of one, or a module that wraps one.
         threshold: as in `vecattention.select`, for every layer; 0.9 when neither this nor a table is given.
         table: a `ThresholdTable`, instead; its settings are used, and others are refused.
         q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
@@ -37,8 +49,9 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
             vision tokens stay dense, rows inside attend sparsely.
 
     Returns:
-        A context manager that yields a run; ``run.stats`` tells density and calls per layer and head, and ``print(run)``
-        shows them. Counting does not wait for the device, reading does.
+        A context manager that yields a run; ``run.stats`` tells density, calls and time per layer and head, and
+        ``print(run)`` shows them; with diffusers ``run.branches`` tells them per guidance branch. Counting does not
+        wait for the device, reading does.
 
     Raises:
         TypeError: not such a model, or an argument that does not exist.
@@ -67,8 +80,11 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
 def register() -> None:
     """Make the name "vecattention" known to transformers, which this imports.
 
-    Afterwards ``from_pretrained(path, attn_implementation={"text_config": "vecattention"})`` works. `apply` registers
-    by itself, so that only loading by name needs this.
+    Afterwards ``from_pretrained(path, attn_implementation={"text_config": "vecattention"})`` works. This happens by
+    itself when both libraries are imported, in either order; call it to see why, should the name be unknown.
+
+    Raises:
+        ImportError: transformers is missing or too old.
 
     Example:
         >>> import vecattention
@@ -77,29 +93,25 @@ def register() -> None:
         >>> "vecattention" in AttentionInterface()
         True
     """
-    importlib.import_module("vecattention.integrations.transformers")
+    importlib.import_module(HOMES["transformers"]).register()
 
 
 def _home(model: object) -> Any:
-    """The module that serves models of this kind, told by the libraries that their classes come from."""
-    libraries = _libraries(model) | {name for part in _parts(model) for name in _libraries(part)}
-    if "diffusers" in _libraries(model):
-        raise TypeError(
-            f"model_or_pipeline is a {type(model).__name__} of diffusers, wanted a transformers model: diffusers "
-            "pipelines and transformers are not served yet; call vecattention.vec_attention in an attention processor"
-        )
-    if "transformers" not in libraries:
-        raise TypeError(
-            f"model_or_pipeline is a {type(model).__name__}, wanted a transformers model, a pipeline of one or a module "
-            "that wraps one; call vecattention.vec_attention in your own attention instead"
-        )
-    return importlib.import_module("vecattention.integrations.transformers")
-
-
-def _libraries(value: object) -> set[str]:
-    return {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+    """The module that serves models of this kind, told by the libraries that its class and its parts come from."""
+    kinds = [type(model), *(type(part) for part in _parts(model))]
+    libraries = [kind.__module__.partition(".")[0] for outer in kinds for kind in outer.__mro__]
+    for library in libraries:
+        if library in HOMES:
+            return importlib.import_module(HOMES[library])
+    raise TypeError(
+        f"model_or_pipeline is a {type(model).__name__}, wanted a model or pipeline of {' or '.join(HOMES)}, or a "
+        "module that wraps one; call vecattention.vec_attention in your own attention instead"
+    )
 
 
 def _parts(model: object) -> list[object]:
     modules = getattr(model, "modules", None)
     return list(modules()) if callable(modules) and not isinstance(model, type) else []
+
+
+when_imported("transformers.modeling_utils", register)

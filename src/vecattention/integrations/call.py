@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vecattention.integrations.masks import CausalSpans
 
-NEEDS_EAGER = ("softcap", "s_aux")  # what "sdpa" would drop without a word
+DROPPED = ("softcap", "s_aux")  # what "sdpa" leaves out without a word
 Output = tuple[Tensor, Tensor | None]
 
 
@@ -30,6 +30,7 @@ class Call:
         dropout: its probability.
         causal: whether a row sees only the keys up to its own position.
         options: the other arguments.
+        stock: the implementation that the model had before it was switched.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Call:
     dropout: float
     causal: bool
     options: Mapping[str, Any]
+    stock: str = "sdpa"
 
     @property
     def layer(self) -> int | None:
@@ -58,17 +60,22 @@ class Call:
         batch, rows, keys = self.query.shape[0], self.query.shape[2], self.key.shape[2]
         mask = self.mask
         if mask is None and self.causal and rows <= keys:
-            return CausalSpans(keys - rows, rows, None, lambda: None)
+            return CausalSpans(0, rows, None, lambda: None)
         if not isinstance(mask, CausalSpans) or mask.rows != rows or mask.last > keys:
             return None
         return mask if mask.spans is None or len(mask.spans) == batch else None
 
     def dense(self) -> Output:
-        """The answer of "sdpa", bit for bit: ([B, Sq, H, D], None). Soft caps and sinks go to the model's eager one."""
+        """The answer that the model would have had: ([B, Sq, H, D], attention weights or None).
+
+        It is that of "eager" for a model that was loaded so, else that of "sdpa". What "sdpa" would leave out, soft
+        caps and sinks, is left out only where the model had "sdpa" before.
+        """
         mask = self.mask.dense() if isinstance(self.mask, CausalSpans) else self.mask
         if mask is not None:
             mask = mask.to(self.query.device)
-        if any(self.options.get(name) is not None for name in NEEDS_EAGER):
+        drops = any(self.options.get(name) is not None for name in DROPPED)
+        if self.stock == "eager" or (drops and self.stock != "sdpa"):
             return self._eager(mask)
         out, weights = sdpa_attention_forward(
             self.module, self.query, self.key, self.value, mask, dropout=self.dropout, scaling=self.scaling,
@@ -81,9 +88,8 @@ class Call:
         eager = getattr(source, "eager_attention_forward", None)
         if eager is None:
             raise TypeError(
-                f"{type(self.module).__name__} asks for {NEEDS_EAGER}, wanted a model file with "
-                f"eager_attention_forward to serve them, got {source.__name__}; load the model with "
-                "attn_implementation='eager'"
+                f"{type(self.module).__name__} needs 'eager' attention, wanted an eager_attention_forward in its model "
+                f"file, got none in {source.__name__}; load the model with attn_implementation='sdpa'"
             )
         if mask is None and self.causal and self.query.shape[2] > 1:
             shape = self.query.shape[2], self.key.shape[2]

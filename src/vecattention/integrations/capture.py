@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vecattention.integrations.attach import attached, text_model_of
 from vecattention.integrations.call import Call, Output
-from vecattention.integrations.run import attached, text_model_of
 from vecattention.integrations.transformers import register
 
 

@@ -56,27 +56,36 @@ def attention_mask(
 ) -> Tensor | CausalSpans | None:
     """The mask of one forward: `CausalSpans` or None for causal masks with padding at the ends, else what "sdpa" has.
 
-    Called by transformers, with its arguments. None means causal, nothing padded, no cache before the queries.
+    Called by transformers, with its arguments. None means what it means to "sdpa": causal from the first key on.
     """
     if isinstance(attention_mask, CausalSpans):
         return attention_mask
-    stock = functools.partial(
+    stock: Callable[[], Tensor | None] = functools.partial(
         sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip, **options,
     )  # fmt: skip
     plain = mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0
-    if q_length == 1 or not plain or torch.compiler.is_compiling():
+    if q_length == 1 or not plain:
         return stock()
-    first = int(q_offset)  # a static cache keeps its length on the device
-    if first + q_length > kv_length:
+    bounds: Tensor | CausalSpans | None = _bounded(stock, q_length, kv_length, q_offset, attention_mask)
+    return bounds
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+def _bounded(
+    stock: Callable[[], Tensor | None], rows: int, keys: int, offset: int | Tensor, padding: Tensor | None
+) -> Tensor | CausalSpans | None:
+    """The bounds of a plain causal mask. It looks at values, so compiled models step out of their graph for it."""
+    first = int(offset)  # a static cache keeps its length on the device
+    if first + rows > keys:
         return stock()
-    spans = None if attention_mask is None else _spans(attention_mask[:, : first + q_length], first + q_length)
+    spans = None if padding is None else _spans(padding[:, : first + rows], first + rows)
     if spans == ():
         return stock()
-    if spans is None and first == 0 and kv_length == q_length:
+    if spans is None and first == 0:
         return None
-    return CausalSpans(first, q_length, spans, functools.cache(stock))
+    return CausalSpans(first, rows, spans, functools.cache(stock))
 
 
 def _spans(padding: Tensor, keys: int) -> tuple[tuple[int, int], ...] | None:

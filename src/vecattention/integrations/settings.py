@@ -37,6 +37,11 @@ class Settings:
     min_length: int = 0
     vision: str | tuple[int, int] | None = None
 
+    @property
+    def block(self) -> int:
+        """R, the rows that share one list of keys."""
+        return int(self.rule["q_block_size"])
+
     def threshold(self, layer: int) -> Tensor:
         """The thresholds of a layer: [], [H] or [B, H]."""
         if self.table is not None:
@@ -65,7 +70,7 @@ def settings_of(
     Raises:
         TypeError, ValueError: an argument that does not fit, or a table made for something else.
     """
-    given = {
+    given: dict[str, Any] = {
         "q_pooling_size": q_pooling_size, "q_block_size": q_block_size, "k_local_size": k_local_size,
         "group_k_block": group_k_block, "max_scope": max_scope,
     }  # fmt: skip

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from vecattention.integrations.clock import Interval
+
+RUNNING = 64  # intervals of a layer that may be open; an older one has long ended, so that reading it does not wait
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class LayerStats:
         sparse_pairs: pairs that the same rows would attend densely.
         dense_pairs: pairs of the rows that stayed dense in prefill.
         sparse_calls, dense_calls, decode_calls: calls with sparse rows, prefill calls without, one-token calls.
+        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock.
     """
 
     kept: Tensor
@@ -28,6 +33,7 @@ class LayerStats:
     sparse_calls: int = 0
     dense_calls: int = 0
     decode_calls: int = 0
+    seconds: float = 0.0
 
     @property
     def calls(self) -> int:
@@ -36,7 +42,7 @@ class LayerStats:
 
     @property
     def density(self) -> Tensor:
-        """float32 [H]: pairs attended in prefill over those of dense attention, dense rows included; NaN without any."""
+        """float32 [H]: pairs attended in prefill over those of dense attention, dense rows included; NaN if none."""
         return ((self.kept + self.dense_pairs).double() / (self.sparse_pairs + self.dense_pairs)).float()
 
     @property
@@ -78,6 +84,11 @@ class Stats:
         return sum(layer.decode_calls for layer in self.layers.values())
 
     @property
+    def seconds(self) -> float:
+        """Time that attention took in prefill, all layers."""
+        return sum(layer.seconds for layer in self.layers.values())
+
+    @property
     def density(self) -> Tensor:
         """float32 [layers, H]: pairs attended in prefill over those of dense attention, dense rows included."""
         return self._stacked([layer.density for layer in self.layers.values()])
@@ -102,7 +113,9 @@ class Stats:
                 f"{index:5d}  {_percent(density.mean())}  ({_percent(density.min())} .. {_percent(density.max())})"
                 f"      {_percent(sparse)}       {layer.sparse_calls:7d} {layer.dense_calls:6d} {layer.decode_calls:7d}"
             )
-        lines.append(f"  all  {_percent(torch.tensor(self.mean_density))}")
+        lines.append(
+            f"  all  {_percent(torch.tensor(self.mean_density))}  in {self.seconds:.3f} s of prefill attention"
+        )
         lines += [f"dense in {count} calls: {reason}" for reason, count in self.reasons.items()]
         return "\n".join(lines)
 
@@ -117,13 +130,17 @@ class Counts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._layers: dict[int, LayerStats] = {}
+        self._running: dict[int, deque[Interval]] = {}
         self._reasons: Counter[str] = Counter()
 
-    def add(self, layer: int, more: LayerStats) -> None:
-        """Add the counts of one call; ``more.kept`` may still be on its way on the device."""
+    def add(self, layer: int, more: LayerStats, interval: Interval | None = None) -> None:
+        """Add the counts of one call and the time it takes; both may still be on their way on the device."""
         with self._lock:
             old = self._layers.get(layer)
             self._layers[layer] = more if old is None else _sum(old, more)
+            if interval is not None:
+                self._running.setdefault(layer, deque()).append(interval)
+                self._settle(layer, RUNNING)
 
     def note(self, reason: str) -> bool:
         """Count a reason; true when it is the first time."""
@@ -134,8 +151,17 @@ class Counts:
     def read(self) -> Stats:
         """The `Stats` until now, on the CPU: waits for the device."""
         with self._lock:
+            for layer in self._running:
+                self._settle(layer, 0)
             layers, reasons = dict(sorted(self._layers.items())), dict(self._reasons)
         return Stats({i: replace(layer, kept=layer.kept.cpu()) for i, layer in layers.items()}, reasons)
+
+    def _settle(self, layer: int, most: int) -> None:
+        """Turn the oldest intervals of a layer into seconds until at most so many are left."""
+        running, stats = self._running[layer], self._layers[layer]
+        while len(running) > most:
+            stats = replace(stats, seconds=stats.seconds + running.popleft().seconds())
+        self._layers[layer] = stats
 
 
 def _sum(a: LayerStats, b: LayerStats) -> LayerStats:
@@ -143,7 +169,7 @@ def _sum(a: LayerStats, b: LayerStats) -> LayerStats:
     return LayerStats(
         a.kept + b.kept.to(a.kept.device, non_blocking=True), a.sparse_pairs + b.sparse_pairs,
         a.dense_pairs + b.dense_pairs, a.sparse_calls + b.sparse_calls, a.dense_calls + b.dense_calls,
-        a.decode_calls + b.decode_calls,
+        a.decode_calls + b.decode_calls, a.seconds + b.seconds,
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Sparse attention in transformers models. Importing this module makes the name "vecattention" known to transformers:
 
-    import vecattention.integrations.transformers          # or vecattention.register()
     model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation={"text_config": "vecattention"})
 
 `vecattention.apply` does it by itself, for models that are already loaded. Both go through the public seams of
@@ -11,15 +10,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from vecattention.integrations.attach import NAME, attached, attachment_of, text_model_of
 from vecattention.integrations.call import Call, Output
 from vecattention.integrations.masks import CausalSpans, attention_mask
-from vecattention.integrations.run import NAME, Run, attached, server_of, text_model_of
+from vecattention.integrations.run import Run
 from vecattention.integrations.settings import AUTO, settings_of
 from vecattention.integrations.vision import VisionSpans, marks_of
 from vecattention.thresholds import ThresholdTable
@@ -41,7 +43,8 @@ def attention_forward(
     """The attention function "vecattention" of transformers, which calls it.
 
     Under `vecattention.apply` it follows that run. In a model that was loaded with the name and without `apply`, it
-    is sparse with the published settings (threshold 0.9), and counts nothing.
+    is sparse with the published settings (threshold 0.9), and counts nothing. In a compiled model it is no part of the
+    graph, except for one-token decoding, which then is not counted.
 
     Args:
         query: [B, H, Sq, D].
@@ -49,12 +52,23 @@ def attention_forward(
         attention_mask: what the mask function "vecattention" made.
 
     Returns:
-        ([B, Sq, H, D], None).
+        ([B, Sq, H, D], attention weights or None).
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     call = Call(module, query, key, value, attention_mask, scaling, dropout, causal, options)
-    server = server_of(module)
-    return (_published() if server is None else server).forward(call)
+    if torch.compiler.is_compiling() and call.decoding:
+        return call.dense()
+    out: Output = _answer(call)
+    return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+def _answer(call: Call) -> Output:
+    attachment = attachment_of(call.module)
+    server = None if attachment is None else attachment.active()
+    if attachment is None or server is None:
+        return _published().forward(call)
+    return server.forward(replace(call, stock=attachment.stock))
 
 
 def register() -> None:
@@ -63,7 +77,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-@contextmanager
 def apply(
     model: object,
     *,
@@ -78,7 +91,7 @@ def apply(
     backend: str = "auto",
     min_length: int | None = None,
     vision_span: str | tuple[int, int] | None = None,
-) -> Iterator[Run]:
+) -> AbstractContextManager[Run]:
     """`vecattention.apply` for transformers models: see there."""
     whole, text = text_model_of(model)
     settings = settings_of(
@@ -88,7 +101,11 @@ def apply(
         min_length=min_length, vision_span=vision_span,
     )  # fmt: skip
     vision = VisionSpans(marks_of(whole.config)) if settings.vision == AUTO else None
-    run = Run(settings, vision)
+    return _running(whole, text, Run(settings, None if vision is None else vision.spans), vision)
+
+
+@contextmanager
+def _running(whole: PreTrainedModel, text: PreTrainedModel, run: Run, vision: VisionSpans | None) -> Iterator[Run]:
     with ExitStack() as stack:
         for handle in vision.attach(whole) if vision is not None else ():
             stack.callback(handle.remove)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vecattention.integrations.layout import Span
+
 MARKS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-Span = tuple[int, int] | None
 
 
 def marks_of(config: object) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The commands of the command line, a module each: `EXAMPLE`, `add_arguments(parser)` and `run(args) -> int`."""

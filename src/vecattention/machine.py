@@ -1,0 +1,78 @@
+"""What this machine is: versions, processor, GPU. For records of measurements and for `vecattention env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("vecattention", "torch", "triton", "transformers", "diffusers", "numpy", "torchvision", "av", "safetensors")
+"""The packages whose versions a result can depend on."""
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of each of `PACKAGES`, None for one that is not installed; nothing is imported."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def processor() -> dict[str, Any]:
+    """The processor: its name, the cores this process may use, torch's threads and the best vector instructions."""
+    return {
+        "name": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": _memory_gib(),
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Each NVIDIA GPU that torch sees: name, compute capability, memory in GiB."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": facts.name,
+                "compute_capability": f"{facts.major}.{facts.minor}",
+                "memory_gib": round(facts.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def facts() -> dict[str, Any]:
+    """All of it, JSON-ready: what a record of a measurement holds about where it was made."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "gpus": gpus(),
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)

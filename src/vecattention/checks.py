@@ -160,6 +160,23 @@ def selection(value: spec.Selection, query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"selection is on {value.words.device}, wanted {query.device} like query; select on the same device"
         )
+    if value.order is not None:
+        _order(value.order, value)
+
+
+def _order(order: Tensor, selection: spec.Selection) -> None:
+    wanted = (*selection.words.shape[:2], selection.q_len)
+    if not isinstance(order, Tensor) or tuple(order.shape) != wanted or order.dtype != torch.int64:
+        got = f"{order.dtype} {_shape(order)}" if isinstance(order, Tensor) else type(order).__name__
+        raise ValueError(f"selection.order is {got}, wanted int64 {wanted} = [B, H, Sq]; pass order.expand(B, H, -1)")
+    if order.device != selection.words.device:
+        raise ValueError(
+            f"selection.order is on {order.device}, wanted {selection.words.device} like its words; move it"
+        )
+    if selection.causal:
+        raise ValueError(
+            "selection has an order and causal=True, wanted one of them; a causal block's rows are consecutive"
+        )
 
 
 def _tensor(name: str, x: Tensor) -> None:

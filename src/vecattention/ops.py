@@ -109,7 +109,10 @@ def attend(
     checks.selection(selection, query, key)
     dispatch.check(backend)
     scale = checks.scale_of(scale, query.shape[3])
+    query = selection.arrange(query)
     out, lse = _attend(query, key, value, selection.words, selection.block, selection.causal, scale, backend)
+    if selection.order is not None:
+        out, lse = selection.restore(out), selection.restore(lse[..., None]).squeeze(-1)
     return (out, lse) if return_lse else out
 
 

@@ -49,11 +49,12 @@ def recall(
     step = max(1, SCORES // (batch * heads * key.shape[2])) if rows_per_step is None else rows_per_step
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ValueError(f"rows_per_step is {rows_per_step!r}, wanted an integer of at least 1; pass None to leave it")
+    query = selection.arrange(query)
     keys = key.float()[:, :, None].transpose(-1, -2)
     total = torch.zeros(batch, heads, dtype=torch.float64, device=query.device)
     for first in range(0, rows, step):
         index = torch.arange(first, min(first + step, rows), device=query.device)
-        part = query[:, :, first : first + step].float().unflatten(1, (key.shape[1], -1))
+        part = torch.unflatten(query[:, :, first : first + step].float(), 1, (key.shape[1], -1))
         total += _mass((part @ keys).flatten(1, 2) * factor, selection, index)
     return (total / rows).float()
 

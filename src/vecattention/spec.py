@@ -78,6 +78,9 @@ class Selection:
         k_len: Sk.
         block: R, the queries that share one list.
         causal: when true, query row i (position i + Sk - Sq) attends only the listed keys at or before its position.
+        order: None, or int64 [B, H, Sq], a permutation of the rows of each head: block g holds the query rows
+            order[g R : g R + R], so that rows which lie apart can share a list. Keys keep their positions. Not with
+            causal, where a block's rows are consecutive.
 
     Example:
         >>> import torch, vecattention
@@ -92,6 +95,7 @@ class Selection:
     k_len: int
     block: int
     causal: bool
+    order: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -116,6 +120,7 @@ class Selection:
                 "look at single blocks with columns(b, h, g), or at density()"
             )
         kept = bits.unpack(self.words, self.k_len).repeat_interleave(self.block, dim=2)[:, :, : self.q_len]
+        kept = self.restore(kept)
         return kept & causal_mask(self.q_len, self.k_len, kept.device) if self.causal else kept
 
     def columns(self, b: int, h: int, g: int) -> Tensor:
@@ -140,6 +145,18 @@ class Selection:
         word = self.words.gather(-1, (position // bits.WORD).expand(*self.words.shape[:2], -1, -1))
         own = ((word >> (position % bits.WORD)) & 1) * (rows[:, None] - span).clamp(min=0)
         return (before * rows + own.sum(-1)).sum(-1)
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """[B, H, Sq, n] -> the same rows in the order of the blocks; the tensor itself when there is no order."""
+        if self.order is None:
+            return rows
+        return rows.gather(2, self.order[..., None].expand(*self.order.shape, rows.shape[3]))
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        if self.order is None:
+            return rows
+        return torch.empty_like(rows).scatter_(2, self.order[..., None].expand_as(rows), rows)
 
     def _end(self, g: int) -> int:
         last = min((g + 1) * self.block, self.q_len)

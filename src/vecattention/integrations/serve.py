@@ -35,6 +35,8 @@ def why_dense(call: Call, settings: Settings) -> str | None:
         return "the attention module has no layer_idx"
     if call.module.training or call.dropout > 0:
         return "the model is in training mode; call model.eval()"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, call.value)):
+        return "gradients are being recorded, and sparse attention has none; call under torch.no_grad()"
     if options.get("output_attentions"):
         return "output_attentions asks for weights; load the model with attn_implementation='eager' to get them"
     for name in ("softcap", "s_aux", "position_bias"):

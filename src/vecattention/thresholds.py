@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -124,6 +125,11 @@ class ThresholdTable:
             raise ValueError(f"layer is {layer}, wanted 0 to {self.layers - 1}; use the table of this model")
         return torch.tensor(rows[layer], dtype=torch.float64)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made like the first one, and checked like it."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return partial(type(self), **{**values, "provenance": dict(self.provenance)}), ()
+
     def check(self, layers: int, heads: int, **settings: int | str | bool | None) -> None:
         """Refuse to serve a model or settings that the table was not tuned for.
 
@@ -171,15 +177,15 @@ class ThresholdTable:
         if not target.parent.is_dir():
             raise MissingTableError(f"path is {target}, wanted a file in a folder that exists; make {target.parent}")
         text = json.dumps(_document(self), indent=1, allow_nan=False) + "\n"
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with part.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, target)
+            os.replace(part, target)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -191,15 +197,9 @@ class ThresholdTable:
             TableError: not JSON, not such a table, another schema version, or values that are none.
         """
         document = _read(Path(path))
-        known = {entry.name for entry in fields(cls)}
-        body = {**document["thresholds"], **document["settings"]}
-        body |= {name: document[name] for name in ("model", "provenance") if name in document}
-        unknown = sorted(set(body) - known)
-        if unknown or "cond" not in body:
-            wrong = f"unknown entries {unknown}" if unknown else "no thresholds of the branch 'cond'"
-            raise TableError(f"path is {path}, wanted a threshold table, got {wrong}; save it again")
+        more = {name: document[name] for name in ("model", "provenance") if name in document}
         try:
-            return cls(**body)
+            return cls(**document["thresholds"], **document["settings"], **more)
         except (TypeError, ValueError) as error:
             raise TableError(f"path is {path}, wanted a threshold table, got a damaged one: {error}") from error
 
@@ -230,9 +230,11 @@ def _read(path: Path) -> dict[str, Any]:
             f"path is {path}, wanted schema {SCHEMA}, got {document.get('schema')!r}; "
             "use the version of vecattention that wrote it, or tune again"
         )
-    for name in ("thresholds", "settings"):
-        if not isinstance(document.get(name), dict):
-            raise TableError(f"path is {path}, wanted an object {name!r}, got none; save it again")
+    for name, known, needed in (("thresholds", BRANCHES, BRANCHES[:1]), ("settings", SETTINGS, SETTINGS)):
+        entries = document.get(name)
+        got = sorted(entries) if isinstance(entries, dict) else entries
+        if not isinstance(entries, dict) or not set(needed) <= set(entries) <= set(known):
+            raise TableError(f"path is {path}, wanted {name!r} with {list(known)}, got {got}; save it again")
     return document
 
 
@@ -246,13 +248,15 @@ def _rows(name: str, values: Sequence[Sequence[float]]) -> Rows:
     if not values or lengths == [0]:
         raise ValueError(f"{name} is empty, wanted at least one layer and one head; pass [layers][heads] thresholds")
     if len(lengths) > 1:
-        raise ValueError(f"{name} has rows of {lengths} values, wanted the same number of heads in every layer; fill up")
+        raise ValueError(
+            f"{name} has rows of {lengths} values, wanted the same number of heads in every layer; fill up"
+        )
     return tuple(tuple(_value(name, i, j, x) for j, x in enumerate(row)) for i, row in enumerate(values))
 
 
 def _value(name: str, layer: int, head: int, value: object) -> float:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0.0 < float(value) <= 1.0:  # type: ignore[arg-type]
+    if not number or not 0 < value <= 1:  # type: ignore[operator]
         raise ValueError(
             f"{name}[{layer}][{head}] is {value!r}, wanted a number in (0, 1]; tune this head again, 0.9 is the default"
         )
@@ -262,9 +266,13 @@ def _value(name: str, layer: int, head: int, value: object) -> float:
 def _provenance(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """A frozen copy: names to plain values, so that JSON gives back what it got."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"provenance is a {type(given).__name__}, wanted a dict of plain values; pass {{'date': '...'}}")
+        raise TypeError(
+            f"provenance is a {type(given).__name__}, wanted a dict of plain values; pass {{'date': '...'}}"
+        )
     for key, value in given.items():
-        plain = value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and value - value == 0)
+        plain = (
+            value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and value - value == 0)
+        )
         if not isinstance(key, str) or not plain:
             raise TypeError(
                 f"provenance[{key!r}] is {value!r}, wanted a string, a finite number, a boolean or None under a string "

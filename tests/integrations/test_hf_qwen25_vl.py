@@ -106,7 +106,9 @@ def _joined(alone: list[dict[str, Tensor]], side: str) -> dict[str, Tensor]:
         rows = [inputs[name] for inputs in alone]
         if rows[0].shape == alone[0]["input_ids"].shape:
             rows = [
-                torch.nn.functional.pad(row, (longest - row.shape[1], 0) if side == "left" else (0, longest - row.shape[1]))
+                torch.nn.functional.pad(
+                    row, (longest - row.shape[1], 0) if side == "left" else (0, longest - row.shape[1])
+                )
                 for row in rows
             ]
         batch[name] = torch.cat(rows)

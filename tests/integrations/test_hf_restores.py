@@ -26,7 +26,9 @@ def state(model: Any) -> dict[str, Any]:
     """All that can be seen of a model but the values of its weights: attributes and hooks of its modules, configs."""
     seen: dict[str, Any] = {}
     for name, module in model.named_modules():
-        plain = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+        plain = {
+            key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")
+        }
         seen[name] = {key: _shown(value) for key, value in plain.items()}
         seen[f"{name}: forward"] = type(module).forward
     return seen

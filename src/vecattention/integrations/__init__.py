@@ -93,7 +93,7 @@ def register() -> None:
         >>> "vecattention" in AttentionInterface()
         True
     """
-    importlib.import_module(HOMES["transformers"]).register()
+    importlib.import_module(HOMES["transformers"])  # which registers as it is imported
 
 
 def _home(model: object) -> Any:

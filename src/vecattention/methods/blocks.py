@@ -67,17 +67,17 @@ class Grid:
 
     def block_sums(self, vector: Tensor) -> Tensor:
         """[..., Sk] -> [..., k_blocks]: sums over the keys of each block."""
-        return self.padded_keys(vector[..., None]).squeeze(-1).unflatten(-1, (-1, BLOCK)).sum(-1)
+        return torch.unflatten(self.padded_keys(vector[..., None]).squeeze(-1), -1, (-1, BLOCK)).sum(-1)
 
     def mean_queries(self, query: Tensor) -> Tensor:
         """[..., Sq, D] -> [..., q_blocks, D]: mean of each block's real queries."""
         rows = (self.q_len - torch.arange(self.q_blocks, device=query.device) * BLOCK).clamp(max=BLOCK)
-        return self.padded_queries(query).unflatten(-2, (-1, BLOCK)).sum(-2) / rows[:, None]
+        return torch.unflatten(self.padded_queries(query), -2, (-1, BLOCK)).sum(-2) / rows[:, None]
 
     def mean_keys(self, key: Tensor) -> Tensor:
         """[..., Sk, D] -> [..., k_blocks, D]: mean of each block's real keys."""
         count = self.block_sums(key.new_ones(self.k_len))
-        return self.padded_keys(key).unflatten(-2, (-1, BLOCK)).sum(-2) / count[:, None]
+        return torch.unflatten(self.padded_keys(key), -2, (-1, BLOCK)).sum(-2) / count[:, None]
 
     def words(self, kept: Tensor) -> Tensor:
         """bool [..., q_blocks, k_blocks] -> the words of a `Selection`, int32 [..., q_blocks, ceil(Sk / 32)]."""
@@ -88,7 +88,7 @@ class Grid:
         flat = kept.reshape(-1, self.k_blocks)
         keys = slice(self.lead, self.lead + self.k_len)
         packed = [bits.pack(rows.repeat_interleave(BLOCK, dim=1)[:, keys]) for rows in flat.split(_rows(self.k_len))]
-        return torch.cat(packed).unflatten(0, kept.shape[:-1])
+        return torch.unflatten(torch.cat(packed), 0, kept.shape[:-1])
 
     def selection(self, words: Tensor) -> Selection:
         """The `Selection` of these words [B, H, q_blocks, ceil(Sk / 32)]."""

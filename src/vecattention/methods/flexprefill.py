@@ -123,7 +123,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 def _slash_sums(slash: Tensor, grid: Grid) -> Tensor:
     """[G, Sk] by offset -> [G, k_blocks] by block offset, the main diagonal's first."""
     short = grid.k_blocks * BLOCK - slash.shape[-1]
-    return torch.nn.functional.pad(slash, (0, short)).unflatten(-1, (-1, BLOCK)).sum(-1)
+    return torch.unflatten(torch.nn.functional.pad(slash, (0, short)), -1, (-1, BLOCK)).sum(-1)
 
 
 def _budget(share: Tensor, settings: _Settings) -> Tensor:

@@ -1,0 +1,130 @@
+"""Measure how faithful sparse attention is to dense attention, for every method on the same maps.
+
+fidelity: the best any selection could do (an oracle for each granularity), each method's recall and output error over
+its range of densities, the rules for the maximum and the pooling, and all methods at matched densities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vecattention import methods
+
+if TYPE_CHECKING:
+    from vecattention.evals.fidelity.samples import Sample
+
+EXAMPLE = "vecattention eval fidelity --synthetic --frames 4 --out out/fidelity"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vecattention eval`."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, title="kinds")
+    _fidelity(kinds.add_parser("fidelity", help="recall and output error of every method against dense attention"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print what was written."""
+    from rich.console import Console
+
+    from vecattention.evals.fidelity import show
+    from vecattention.evals.fidelity.records import Records
+    from vecattention.evals.fidelity.study import Plan, study
+
+    samples, data = _samples(args)
+    folder = Path(args.out)
+    records = Records(folder / "fidelity.jsonl")
+    plan = Plan(
+        data,
+        tuple(args.studies),
+        None if args.methods is None else tuple(args.methods),
+        tuple(args.targets),
+        args.repeats,
+    )
+    with _Progress() as progress:
+        written = study(samples, records, plan, progress.step)
+    rows = [row for row in records if row["key"]["data"] == data]
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in show.tables(rows):
+        console.print(table)
+    if show.of(rows, "sweep"):
+        show.pareto(rows, folder / "pareto.png")
+        console.print(f"wrote {folder / 'pareto.png'}", soft_wrap=True)
+    console.print(f"wrote {written} rows to {records.path} ({len(records)} in all)", soft_wrap=True)
+    return 0
+
+
+def _fidelity(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data (one of them)").add_mutually_exclusive_group(required=True)
+    data.add_argument("--testbed", action="store_true", help="the trained testbed model on procedural movies")
+    data.add_argument("--model", metavar="PATH", help="a Qwen2.5-VL checkpoint directory on the same movies")
+    data.add_argument("--qk", metavar="FILE", help="a safetensors file of <name>.query, <name>.key and <name>.value")
+    data.add_argument("--synthetic", action="store_true", help="seeded maps with sink, verticals, bands and noise")
+    parser.add_argument("--tokens", type=int, default=8192, help="vision tokens of a movie (%(default)s)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to capture (all)")
+    parser.add_argument("--frames", type=int, default=32, help="frames of 256 tokens of synthetic maps (%(default)s)")
+    parser.add_argument("--full", action="store_true", help="synthetic maps of video generation, not causal")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of movies or synthetic maps (0)")
+    parser.add_argument("--save", metavar="FILE", help="also keep the queries, keys and values, for --qk")
+    parser.add_argument("--studies", nargs="+", default=list(_STUDIES), choices=_STUDIES, help="(all)")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD",
+        help=f"name or name:parameter=value,... with names among {', '.join(methods.names())}",
+    )  # fmt: skip
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="matched densities")
+    parser.add_argument("--repeats", type=int, default=0, help="timed runs at matched densities (%(default)s: none)")
+    parser.add_argument("--device", default="cpu", help="where selections and attention run (%(default)s)")
+    parser.add_argument("--out", default="out/fidelity", help="folder of fidelity.jsonl and pareto.png (%(default)s)")
+
+
+_STUDIES = ("oracle", "sweep", "matched", "maximum", "pooling")
+
+
+def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
+    """The samples that were asked for, and their name."""
+    from vecattention.evals.fidelity import samples as files
+
+    if args.qk is not None:
+        found, name = files.load(args.qk), Path(args.qk).stem
+    elif args.synthetic:
+        from vecattention.evals.fidelity.synthetic import synthetic
+
+        found = [synthetic(seed, args.frames, causal=not args.full) for seed in args.seeds]
+        name = f"synthetic-{'full' if args.full else 'causal'}-{args.frames * 256}"
+    else:
+        from vecattention.evals.fidelity.captured import capture_movies
+
+        found = capture_movies(args.model, args.tokens, args.seeds, args.layers)
+        name = f"{'testbed' if args.model is None else Path(args.model).name}-{args.tokens}"
+    if args.save is not None:
+        files.save(found, args.save)
+        sys.stdout.write(f"wrote {args.save}\n")
+    import torch
+
+    return [one.to(torch.device(args.device)) for one in found], name
+
+
+class _Progress:
+    """A bar with the time left on a terminal, a line a minute elsewhere; on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=console, refresh_per_second=1)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """Show how far it is."""
+        self._bar.update(self._task, completed=done, total=total, description=what)

@@ -1,0 +1,74 @@
+"""What one selection keeps of dense attention, head by head, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from vecattention import ops
+from vecattention.evals.fidelity.dense import Head
+from vecattention.evals.fidelity.samples import Sample
+from vecattention.spec import Selection
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one selection on one sample, one number a query head.
+
+    Attributes:
+        density: kept over allowed pairs.
+        recall: mean over rows of the dense softmax mass on the kept keys.
+        l1, l2: relative error of the output against dense attention in float64.
+    """
+
+    density: list[float]
+    recall: list[float]
+    l1: list[float]
+    l2: list[float]
+
+    def row(self) -> dict[str, list[float]]:
+        """As a dict of lists, rounded to 7 digits."""
+        return {name: [float(f"{x:.7g}") for x in values] for name, values in asdict(self).items()}
+
+
+def figures(sample: Sample, heads: list[Head], selection: Selection) -> Figures:
+    """Attend the selection and compare with dense attention.
+
+    Recall needs no map: a row's selected mass is exp(lse of the selected keys - lse of all keys).
+    """
+    answer = ops.attend(sample.query, sample.key, sample.value, selection, scale=sample.scale, return_lse=True)
+    out, lse = answer[0][0].double(), answer[1][0].double()
+    recall, l1, l2 = [], [], []
+    for h, head in enumerate(heads):
+        recall.append(float((lse[h] - head.lse).exp().mean()))
+        miss = out[h] - head.out
+        l1.append(float(miss.abs().sum() / head.out.abs().sum()))
+        l2.append(float(miss.square().sum().sqrt() / head.out.square().sum().sqrt()))
+    return Figures(selection.density()[0].tolist(), recall, l1, l2)
+
+
+def times(sample: Sample, select: Callable[[], Selection], repeats: int) -> dict[str, list[float]]:
+    """Seconds of the selection and of the attention over it, one warm-up and ``repeats`` runs each."""
+    selection = select()
+    spent: dict[str, list[float]] = {"select": [], "attend": []}
+
+    def attend() -> object:
+        return ops.attend(sample.query, sample.key, sample.value, selection, scale=sample.scale)
+
+    for name, call in (("select", select), ("attend", attend)):
+        call()
+        for _ in range(repeats):
+            _wait(sample)
+            start = time.perf_counter()
+            call()
+            _wait(sample)
+            spent[name].append(time.perf_counter() - start)
+    return spent
+
+
+def _wait(sample: Sample) -> None:
+    if sample.query.is_cuda:
+        torch.cuda.synchronize(sample.query.device)

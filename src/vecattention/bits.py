@@ -22,6 +22,8 @@ def pack(kept: Tensor) -> Tensor:
     """
     pad = -kept.shape[-1] % WORD
     kept = torch.nn.functional.pad(kept, (0, pad)).contiguous() if pad else kept.contiguous()
+    if kept.storage_offset() % 8:
+        kept = kept.clone()  # a view as 64-bit numbers has to start at one
     octets = (kept.view(torch.int64) * _GATHER_BYTES) >> 56
     return octets.to(torch.uint8).view(torch.int32)
 

@@ -31,8 +31,8 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor
     position = torch.arange(k_len, device=query.device)
     start = torch.arange(score.shape[2], device=query.device)[:, None] * pool + (k_len - q_len)
     candidate = (position >= pool) & (position < start) if rule.causal else torch.ones_like(position, dtype=torch.bool)
-    score = score.masked_fill(~candidate, -torch.inf)
-    kept = candidate & (score + alpha[:, :, None, None].to(score.dtype) >= cut_off(score, rule))
+    score = score.masked_fill(~candidate | score.isnan(), -torch.inf)
+    kept = (score > -torch.inf) & (score + alpha[:, :, None, None].to(score.dtype) >= cut_off(score, rule))
     if rule.causal:
         kept = kept | (position < pool) | ((position >= start) & (position < start + pool))
     kept = F.pad(kept, (0, 0, 0, -kept.shape[2] % rule.rows_per_block))
@@ -54,7 +54,7 @@ def pooled_queries(query: Tensor, pool: int) -> Tensor:
     q_len = query.shape[2]
     blocks = F.pad(_wide(query), (0, 0, 0, -q_len % pool)).unflatten(2, (-1, pool))
     rows = (q_len - torch.arange(blocks.shape[2], device=query.device) * pool).clamp(max=pool)
-    return blocks.sum(dim=3) / rows[:, None]
+    return torch.div(blocks.sum(dim=3), rows[:, None])
 
 
 def cut_off(score: Tensor, rule: spec.Rule) -> Tensor:
@@ -66,7 +66,7 @@ def cut_off(score: Tensor, rule: spec.Rule) -> Tensor:
     tops = F.pad(score, (0, -k_len % tile), value=-torch.inf).unflatten(-1, (-1, tile)).amax(dim=-1)
     tiles = tops.shape[-1]
     windows = F.pad(tops, (0, -tiles % min(group, tiles)), value=-torch.inf).unflatten(-1, (-1, min(group, tiles)))
-    running = windows.cummax(dim=-1).values.flatten(-2)[..., :tiles]
+    running = torch.cummax(windows, dim=-1)[0].flatten(-2)[..., :tiles]
     return running.repeat_interleave(tile, dim=-1)[..., :k_len]
 
 
@@ -83,4 +83,4 @@ def _wide(x: Tensor) -> Tensor:
 def _grouped(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows [B, H, n, x] @ matrix [B, Hkv, x, m], query head h with key head h // (H // Hkv)."""
     heads, kv_heads = rows.shape[1], matrix.shape[1]
-    return (rows.unflatten(1, (kv_heads, heads // kv_heads)) @ matrix[:, :, None]).flatten(1, 2)
+    return torch.matmul(rows.unflatten(1, (kv_heads, heads // kv_heads)), matrix[:, :, None]).flatten(1, 2)

@@ -182,6 +182,14 @@ def gemma2(implementation: str = "eager") -> Any:
     return transformers.Gemma2ForCausalLM._from_config(config, attn_implementation=implementation)
 
 
+def gemma3() -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(
+        **{**TEXT, "sliding_window": 128, "query_pre_attn_scalar": 16, "layer_types": kinds}
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
 def gpt_oss() -> Any:
     config = transformers.GptOssConfig(
         **{**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128}

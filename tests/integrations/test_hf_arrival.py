@@ -75,6 +75,19 @@ except ImportError as error:
     assert "transformers" in run(code)
 
 
+def test_a_transformers_that_is_too_old_is_named_by_those_who_need_it() -> None:
+    code = """
+import transformers.masking_utils
+transformers.masking_utils.sdpa_mask = lambda batch_size, cache_position, kv_length: None
+import vecattention
+try:
+    vecattention.register()
+except ImportError as error:
+    print(error)
+"""
+    assert ", wanted 5.4 or newer; update it" in run(code)
+
+
 def test_an_old_library_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "an_old_library.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)

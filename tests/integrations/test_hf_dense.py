@@ -123,6 +123,19 @@ def test_a_model_with_soft_caps_stays_as_it_was(implementation: str) -> None:
     assert model.config._attn_implementation == implementation
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_layers_with_windows_stay_dense_beside_sparse_ones(cache: str) -> None:
+    model = build(hf_tiny.gemma3)
+    wish = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": cache}
+    stock, said = logits(model, input_ids=ids()), model.generate(ids(), **wish)
+    with vecattention.apply(model, threshold=1e-30) as run:
+        torch.testing.assert_close(logits(model, input_ids=ids()), stock, **CLOSE)
+        assert torch.equal(model.generate(ids(), **wish), said)
+    assert [layer.sparse_calls for layer in run.stats.layers.values()] == [0, 2]
+    assert [layer.dense_calls for layer in run.stats.layers.values()] == [2, 0]
+    assert any(reason.startswith(MASK) for reason in run.stats.reasons)
+
+
 def test_a_model_with_sinks_stays_as_it_was() -> None:
     model = build(hf_tiny.gpt_oss).float()  # its experts take nothing wider
     stock = logits(model, input_ids=ids())

@@ -149,6 +149,16 @@ class _outputs:
         self.handle.remove()
 
 
+def test_the_span_is_found_in_positional_arguments(trained: Trained, film: Film) -> None:
+    model, inputs = trained[0], dict(film[0])
+    with vecattention.apply(model, vision_span="auto") as wanted:
+        logits(model, inputs)
+    ids = inputs.pop("input_ids")
+    with torch.no_grad(), vecattention.apply(model, vision_span="auto") as run:
+        model(ids, **inputs)
+    assert torch.equal(run.stats.density, wanted.stats.density)
+
+
 def test_the_span_needs_input_ids_and_marks(trained: Trained, film: Film, caplog: pytest.LogCaptureFixture) -> None:
     model = trained[0]
     words = {"input_ids": torch.full((1, 300), 25)}
@@ -245,3 +255,17 @@ def test_half_precision(film: Film) -> None:
     with vecattention.apply(model, vision_span="auto") as run:
         assert answer(model, processor, film[0]) == film[1]
     assert run.stats.mean_density < 0.4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(trained: Trained, film: Film) -> None:
+    from vecattention.testbed import load
+
+    model, processor = load(dtype=torch.bfloat16, device="cuda")
+    inputs = {name: value.cuda() for name, value in film[0].items()}
+    with vecattention.apply(trained[0], vision_span="auto") as here:
+        logits(trained[0], film[0])
+    with vecattention.apply(model, vision_span="auto") as run:
+        assert answer(model, processor, inputs) == film[1]
+    assert run.stats.sparse_calls == 3 and 0 < run.stats.seconds < 10
+    assert run.stats.mean_density == pytest.approx(here.stats.mean_density, abs=0.05)

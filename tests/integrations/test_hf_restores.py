@@ -198,14 +198,13 @@ def test_a_module_that_wraps_a_model_and_a_pipeline_of_one() -> None:
     assert run.stats.sparse_calls == 2 and model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_steps_out_of_its_graph_for_attention(backend: str) -> None:
+def test_a_compiled_model_steps_out_of_its_graph_for_attention() -> None:
     model, ids = build(), IDS
     torch._dynamo.reset()
     with vecattention.apply(model, threshold=0.9) as plain:
         wanted = logits(model, ids)
     with torch.no_grad(), vecattention.apply(model, threshold=0.9) as run:
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend="aot_eager")
         out = compiled(ids, use_cache=True)
         torch.testing.assert_close(out.logits, wanted, **CLOSE)
         chunk = compiled(ids[:, :64], past_key_values=out.past_key_values)
@@ -213,4 +212,17 @@ def test_a_compiled_model_steps_out_of_its_graph_for_attention(backend: str) -> 
         compiled(ids[:, :1], past_key_values=chunk.past_key_values)
     assert run.stats.sparse_calls == 4 and run.stats.dense_calls == 0
     assert plain.stats.mean_density == pytest.approx(run.stats.mean_density, rel=0.2)
+    torch._dynamo.reset()
+
+
+def test_the_vision_span_of_a_compiled_model() -> None:
+    model, ids = build(hf_tiny.qwen25_vl), hf_tiny.text(300)["input_ids"]
+    ids[0, 100], ids[0, 250] = hf_tiny.MARKS["vision_start_token_id"], hf_tiny.MARKS["vision_end_token_id"]
+    torch._dynamo.reset()
+    with vecattention.apply(model, vision_span=(100, 251)) as wanted:
+        logits(model, ids)
+    with torch.no_grad(), vecattention.apply(model, vision_span="auto") as run:
+        torch.compile(model, backend="eager")(ids)
+    assert wanted.stats.sparse_calls == run.stats.sparse_calls == 2
+    torch.testing.assert_close(run.stats.density, wanted.stats.density, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()

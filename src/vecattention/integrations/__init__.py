@@ -27,9 +27,10 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
     In a transformers model (Qwen2.5-VL, Qwen3-VL, InternVL, LLaVA-OneVision, Llama, Qwen and others whose attention
     goes through `transformers.AttentionInterface`) the text part's causal attention is switched, vision towers are not
     touched. Prefill is sparse, whole or in chunks, with any batch and left or right padding; one-token decoding is
-    dense. What cannot be served (other masks, cross-attention, training, short sequences) stays dense, as the model had
-    it before, and is logged once per run with the reason. The switch is the model's: every thread that calls the model
-    meanwhile gets it, unless that thread entered an `apply` of its own. Nested uses: the innermost counts.
+    dense, and a call of more than one token is prefill. What cannot be served (other masks, cross-attention, training,
+    short sequences) stays dense, as the model had it before (by torch's SDPA in place of a flash kernel), and is logged
+    once per run with the reason. The switch is the model's: every thread that calls the model meanwhile gets it, unless
+    that thread entered an `apply` of its own. Nested uses: the innermost counts.
 
     In a pipeline or transformer of diffusers (Wan, HunyuanVideo) the self-attention of the video tokens is switched,
     non-causal; cross-attention and image branches are not touched. The first steps and layers stay dense. In

@@ -7,13 +7,18 @@ tokens of each batch element begin and end, read from the padding mask once per 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+    raise ImportError(f"transformers is {transformers.__version__}, wanted 5.4 or newer; update it")
 
 
 @dataclass(frozen=True)

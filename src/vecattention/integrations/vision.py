@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -53,12 +54,13 @@ class VisionSpans:
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
             self._running.spans = None
             return
-        cache = kwargs.get("past_key_values")
         first = 0 if cache is None else int(cache.get_seq_length())
         begun = self._begun.get(cache, []) if cache is not None and first else []
         found = self._find(ids)
@@ -69,6 +71,7 @@ class VisionSpans:
         self._running.spans = spans
         self._running.begun = [s is not None or (i < len(begun) and begun[i]) for i, s in enumerate(spans)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         cache = getattr(output, "past_key_values", None)
         if self.spans() is not None and cache is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vecattention import bits, spec
 
-BACKENDS = ("triton", "cpu", "reference")  # the order in which "auto" tries them
+BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
 WORKSPACE = {"cpu": 8 * 2**20, "cuda": 48 * 2**20}  # bytes of bits that a chunk of queries may hold
 
 

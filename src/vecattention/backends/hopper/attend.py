@@ -1,0 +1,290 @@
+"""Exact softmax attention over selected keys on Hopper: one CTA per SM, a team of three roles.
+
+    loader     (4 warps)  bits -> positions in a ring (global memory, stays in L2), rows of K and V -> shared memory (cp.async)
+    consumer 0 (4 warps)  rows 0..63 of the block:   S = Q K^T, online softmax, O += P V (wgmma)
+    consumer 1 (4 warps)  rows 64..127, likewise: both use every row that the loader fetched
+
+Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit. The
+loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first loads are
+waited for.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+HALF = gl.constexpr(64)  # rows of a consumer
+NO_KEY = gl.constexpr(-1.0e30)
+
+
+@gluon.jit
+def _popcount(x):
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _item(item, blocks, heads):
+    """(b, h, g, line) of a work item: heads outermost, the last (in causal mode longest) block first."""
+    bh = item // blocks
+    g = blocks - 1 - item % blocks
+    return bh // heads, bh % heads, g, bh * blocks + g
+
+
+@gluon.jit
+def _words(words, first, keys, SEG: gl.constexpr):
+    """SEG words from ``first`` on, one a thread; bits of keys at or past ``keys`` are cleared."""
+    at = first + gl.arange(0, SEG, gl.BlockedLayout([1], [32], [4], [0]))
+    word = gl.load(words + at, mask=at * 32 < keys, other=0)
+    room = gl.minimum(gl.maximum(keys - at * 32, 0), 32)
+    return gl.where(room < 32, word & ((1 << room) - 1), word)
+
+
+@gluon.jit
+def _decode(ring, base, word, first, SEG: gl.constexpr, RING: gl.constexpr):
+    """Append the positions of the set bits of SEG words to the ring at ``base``, ascending; their number."""
+    parent: gl.constexpr = gl.BlockedLayout([1, 32], [32, 1], [4, 1], [1, 0])
+    line: gl.constexpr = gl.SliceLayout(1, parent)
+    count = _popcount(word)
+    after = gl.associative_scan(count, 0, _add)
+    total = gl.sum(count, 0)
+    slot = gl.convert_layout(base + after - count, line, assert_trivial=True)[:, None]
+    word = gl.convert_layout(word, line, assert_trivial=True)
+    key = (first + gl.arange(0, SEG, line)) * 32
+    bit = gl.arange(0, 32, gl.SliceLayout(0, parent))
+    earlier = _popcount(word[:, None] & ((1 << bit) - 1)[None, :])
+    kept = ((word[:, None] >> bit[None, :]) & 1) != 0
+    gl.store(ring + ((slot + earlier) & (RING - 1)), key[:, None] + bit[None, :], mask=kept)
+    return total
+
+
+@gluon.jit
+def _load(smem, base, index, stride, D: gl.constexpr, N: gl.constexpr):
+    """Start copying N rows of D values to shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    dims = gl.arange(0, D, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(smem, base + ((index * stride)[:, None] + dims[None, :]))
+
+
+@gluon.jit
+def _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX: gl.constexpr, D: gl.constexpr,
+           R: gl.constexpr):  # fmt: skip
+    """Start copying a consumer's half of the queries of a work item (of any other, when there is none left)."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    b, h, g, line = _item(gl.minimum(item, items - 1), blocks, heads)
+    row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    _load(query, Q + b.to(gl.int64) * sqb + h.to(gl.int64) * sqh, gl.minimum(row, q_len - 1), sqn, D, HALF)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS, skb, skh, skn, svb, svh, svn,
+            heads, group, q_len, k_len, width, blocks, items,
+            D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
+            RING: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ring = RINGS + gl.program_id(0).to(gl.int64) * RING
+    base = 0
+    tile = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, g, line = _item(item, blocks, heads)
+        count = gl.load(COUNTS + line)
+        words = WORDS + line.to(gl.int64) * width
+        k_base = K + b.to(gl.int64) * skb + (h // group).to(gl.int64) * skh
+        v_base = V + b.to(gl.int64) * svb + (h // group).to(gl.int64) * svh
+        keys = gl.minimum(g * R + R + k_len - q_len, k_len) if CAUSAL else k_len
+        filled = 0
+        segment = 0
+        ahead = _words(words, 0, keys, SEG)
+        index = gl.zeros([N], gl.int32, flat)
+        tiles = gl.maximum((count + N - 1) // N, 1)
+        for t in range(-1, tiles):
+            need = gl.minimum(t * N + 2 * N, count)
+            while filled < need:
+                word = ahead
+                ahead = _words(words, segment + SEG, keys, SEG)
+                filled += _decode(ring, base + filled, word, segment, SEG, RING)
+                segment += SEG
+            here = gl.convert_layout(index, rows)
+            gl.thread_barrier()
+            slot = gl.minimum(t * N + N + gl.arange(0, N, flat), count - 1)
+            index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
+            if t >= 0:
+                stage = tile % STAGES
+                phase = (tile // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                _load(k_smem.index(stage), k_base, here, skn, D, N)
+                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+                mbarrier.wait(v_empty.index(stage), phase)
+                _load(v_smem.index(stage), v_base, here, svn, D, N)
+                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                tile += 1
+        base = (base + count) & (RING - 1)
+
+
+@gluon.jit
+def _hide(logits, ring, base, t, count, position, N: gl.constexpr, RING: gl.constexpr, CAUSAL: gl.constexpr,
+          ACC: gl.constexpr):  # fmt: skip
+    """-inf where the tile holds no key, or one after the row's position."""
+    slot = t * N + gl.arange(0, N, gl.SliceLayout(0, ACC))
+    shown = (slot < count)[None, :]
+    if CAUSAL:
+        index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot < count, other=0)
+        shown = shown & (index[None, :] <= position[:, None])
+    return gl.where(shown, logits, float("-inf"))
+
+
+@gluon.jit
+def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
+          ring, base, t, count, position, N: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+          CAUSAL: gl.constexpr, MASK: gl.constexpr, S_ACC: gl.constexpr, O_ACC: gl.constexpr):  # fmt: skip
+    """Scores of the tile after ``tile``, then its softmax while the weights of ``tile`` meet their values."""
+    none = gl.zeros([HALF, N], gl.float32, S_ACC)
+    last = tile % STAGES
+    stage = (tile + 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (tile + 1) // STAGES & 1)
+    fence_async_shared()
+    ahead = warpgroup_mma(query, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), tile // STAGES & 1)
+    fence_async_shared()
+    mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
+    logits = warpgroup_mma_wait(1, deps=(ahead,))
+    mbarrier.arrive(k_empty.index(stage))
+    if MASK:
+        logits = _hide(logits, ring, base, t, count, position, N, RING, CAUSAL, S_ACC)
+    higher = gl.maximum(top, gl.max(logits, 1) * scale)
+    weight = gl.exp2(logits * scale - higher[:, None])
+    decay = gl.exp2(top - higher)
+    total = total * decay + gl.sum(weight, 1)
+    acc = warpgroup_mma_wait(0, deps=(mixed,))
+    mbarrier.arrive(v_empty.index(last))
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_ACC))[:, None]
+    return acc, higher, total, gl.convert_layout(weight.to(part.dtype), part.type.layout)
+
+
+@gluon.jit
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+              Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
+              D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+              CAUSAL: gl.constexpr):  # fmt: skip
+    S_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    O_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_OP: gl.constexpr = gl.DotOperandLayout(0, O_ACC, 2)
+    MASKED: gl.constexpr = R // N + 1 if CAUSAL else 1
+    dtype: gl.constexpr = q_smem.dtype
+    ring = RINGS + gl.program_id(0).to(gl.int64) * RING
+    query = q_smem.index(HALF_INDEX)
+    none = gl.zeros([HALF, N], gl.float32, S_ACC)
+    base = 0
+    tile = 0
+    _fetch(query, Q, gl.program_id(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, h, g, line = _item(item, blocks, heads)
+        count = gl.load(COUNTS + line)
+        tiles = gl.maximum((count + N - 1) // N, 1)
+        row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_ACC))
+        position = row + (k_len - q_len)
+
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        stage = tile % STAGES
+        mbarrier.wait(k_full.index(stage), tile // STAGES & 1)
+        fence_async_shared()
+        logits = warpgroup_mma(query, k_smem.index(stage).permute((1, 0)), none, use_acc=False)
+        mbarrier.arrive(k_empty.index(stage))
+        if tiles <= MASKED:
+            logits = _hide(logits, ring, base, 0, count, position, N, RING, CAUSAL, S_ACC)
+        top = gl.maximum(gl.max(logits, 1) * scale, NO_KEY)
+        weight = gl.exp2(logits * scale - top[:, None])
+        total = gl.sum(weight, 1)
+        part = gl.convert_layout(weight.to(dtype), P_OP)
+        acc = gl.zeros([HALF, D], gl.float32, O_ACC)
+        clear = gl.maximum(tiles - MASKED, 1)
+        for t in range(1, clear):
+            acc, top, total, part = _step(
+                acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
+                ring, base, t, count, position, N, STAGES, RING, CAUSAL, False, S_ACC, O_ACC)  # fmt: skip
+            tile += 1
+        for t in range(clear, tiles):
+            acc, top, total, part = _step(
+                acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
+                ring, base, t, count, position, N, STAGES, RING, CAUSAL, True, S_ACC, O_ACC)  # fmt: skip
+            tile += 1
+        _fetch(query, Q, item + gl.num_programs(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
+        last = tile % STAGES
+        mbarrier.wait(v_full.index(last), tile // STAGES & 1)
+        fence_async_shared()
+        acc = warpgroup_mma(part, v_smem.index(last), acc)
+        mbarrier.arrive(v_empty.index(last))
+        tile += 1
+
+        empty = top <= NO_KEY
+        total = gl.where(empty, 1.0, total)
+        inverse = gl.where(empty, 0.0, 1.0 / total)
+        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O_ACC))[:, None]
+        inside = row < q_len
+        lse = gl.where(empty, float("-inf"), (top + gl.log2(total)) * 0.6931471805599453)
+        gl.store(LSE + b.to(gl.int64) * slb + h.to(gl.int64) * slh + row, lse, mask=inside)
+        lines = gl.convert_layout(row, gl.SliceLayout(1, O_ACC)).to(gl.int64)[:, None]
+        dims = gl.arange(0, D, gl.SliceLayout(0, O_ACC))
+        place = OUT + b.to(gl.int64) * sob + h.to(gl.int64) * soh + lines * son + dims[None, :]
+        gl.store(place, out.to(dtype), mask=lines < q_len)
+        base = (base + count) & (RING - 1)
+
+
+@gluon.jit
+def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
+                  sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, slb, slh,
+                  heads, group, q_len, k_len, width, blocks, items, scale,
+                  D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
+                  RING: gl.constexpr, CAUSAL: gl.constexpr, CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
+    """out, lse of every block of R rows; a persistent grid of at most one program per SM, `items` = B * H * blocks."""
+    dtype: gl.constexpr = K.dtype.element_ty
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], dtype)
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [2, HALF, D], rows)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, N, D], tile)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, N, D], tile)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(v_empty.index(i), count=2)
+    scale = scale * 1.4426950408889634
+    gl.warp_specialize(
+        [
+            (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                         Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
+                         D, R, N, STAGES, RING, CAUSAL)),
+            (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                         Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
+                         D, R, N, STAGES, RING, CAUSAL)),
+            (_loader, (k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS, skb, skh, skn, svb, svh, svn,
+                       heads, group, q_len, k_len, width, blocks, items,
+                       D, R, N, STAGES, SEG, RING, CAUSAL)),
+        ],
+        [4, 4],
+        [CONSUMER_REGS, LOADER_REGS],
+    )  # fmt: skip

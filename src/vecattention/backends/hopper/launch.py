@@ -1,0 +1,153 @@
+"""From tensors to launches. What a launch shape changes is speed, never a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vecattention import bits, spec
+from vecattention.backends.hopper.attend import attend_kernel
+from vecattention.backends.hopper.select import select_kernel
+
+BLOCK = 128  # rows that share a list, and with it each fetched row of K and V
+TILE = 128  # keys per step of the selection
+WORDS = 128  # words decoded at a time by the attention, one a thread of its loader
+RING = 8192  # positions of the attention's ring: one decoding and the tiles in flight fit
+REGISTERS = 168  # per thread before the roles take their shares: 384 threads fill the register file
+
+
+@dataclass(frozen=True)
+class AttendShape:
+    """Keys per tile, tiles in flight, registers of a consumer's and of the loader's thread, programs (None: one per SM)."""
+
+    step: int = 128
+    stages: int = 3
+    consumer_registers: int = 216
+    loader_registers: int = 72
+    programs: int | None = None
+
+
+@dataclass(frozen=True)
+class SelectShape:
+    """Keys per program (about), tiles in flight, registers of a consumer's and of the loader's thread."""
+
+    span: int = 4096
+    stages: int = 4
+    consumer_registers: int = 208
+    loader_registers: int = 88
+
+
+@triton.jit
+def pool_kernel(Q, HIGH, LOW, sqb, sqh, sqn, heads, q_len, pooled_rows, scale, D: tl.constexpr, P: tl.constexpr):
+    """HIGH + LOW = scale * mean of a block's real queries, as two numbers of Q's type; grid (pooled rows, B * H)."""
+    g, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    row, dims = g * P + tl.arange(0, P), tl.arange(0, D)
+    place = Q + b * sqb + h * sqh + row.to(tl.int64)[:, None] * sqn + dims[None, :]
+    query = tl.load(place, mask=row[:, None] < q_len, other=0.0)
+    mean = tl.sum(query.to(tl.float32), 0) / tl.minimum(P, q_len - g * P) * scale
+    high = mean.to(HIGH.dtype.element_ty)
+    line = (bh.to(tl.int64) * pooled_rows + g) * D
+    tl.store(HIGH + line + dims, high)
+    tl.store(LOW + line + dims, (mean - high.to(tl.float32)).to(HIGH.dtype.element_ty))
+
+
+@triton.jit
+def count_kernel(WORDS, COUNTS, width, blocks, block, q_len, k_len, CAUSAL: tl.constexpr, SIZE: tl.constexpr):
+    """COUNTS[line] = number of keys that one block of queries may see and has listed; grid (B * H * blocks)."""
+    line = tl.program_id(0)
+    keys = tl.minimum((line % blocks + 1) * block + k_len - q_len, k_len) if CAUSAL else k_len
+    total = tl.zeros([SIZE], tl.int32)
+    for first in range(0, tl.cdiv(keys, 32), SIZE):
+        at = first + tl.arange(0, SIZE)
+        word = tl.load(WORDS + line.to(tl.int64) * width + at, mask=at * 32 < keys, other=0)
+        room = tl.minimum(tl.maximum(keys - at * 32, 0), 32)
+        x = tl.where(room < 32, word & ((1 << room) - 1), word)
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        total += ((x * 0x01010101) >> 24) & 0xFF
+    tl.store(COUNTS + line, tl.sum(total, 0))
+
+
+def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule,
+           shape: SelectShape = SelectShape()) -> Tensor:  # fmt: skip
+    """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
+    batch, heads, q_len, dim = query.shape
+    query, key = _aligned(query), _aligned(key)
+    k_len, pool, row_scope = key.shape[2], rule.q_pooling_size, rule.max_scope == "row"
+    rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
+    window, span = _cut(rule, k_len, shape.span)
+    segments, row_tiles = -(-k_len // span), -(-rows // BLOCK)
+    high, low = query.new_empty(2, batch * heads, rows, dim)
+    words = torch.zeros((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
+    tops = torch.empty((batch, heads, rows, segments if row_scope else 0), device=query.device)
+    limits = alpha.contiguous()
+
+    def run(maxima: bool, tops: Tensor) -> None:
+        select_kernel[(row_tiles * segments, batch * heads)](
+            high, low, key, limits, words, tops, *_strides(key), heads, heads // key.shape[1], rows, k_len,
+            k_len - q_len, width, blocks, row_tiles, segments, span, window,
+            D=dim, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, N=TILE, STAGES=shape.stages,
+            ROW_SCOPE=row_scope, CAUSAL=rule.causal, MAXIMA=maxima, CONSUMER_REGS=shape.consumer_registers,
+            LOADER_REGS=shape.loader_registers, num_warps=4, maxnreg=REGISTERS,
+        )  # fmt: skip
+
+    with torch.cuda.device(query.device):
+        pool_kernel[(rows, batch * heads)](
+            query, high, low, *_strides(query), heads, q_len, rows, rule.scale, D=dim, P=pool
+        )
+        if row_scope:
+            tops.fill_(-torch.inf)
+            run(True, tops)
+            tops = tops.amax(dim=-1)
+        run(False, tops)
+    return words
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection, scale: float,
+           out: Tensor, lse: Tensor, shape: AttendShape = AttendShape()) -> None:  # fmt: skip
+    """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
+    batch, heads, q_len, dim = query.shape
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    words, blocks = selection.words.contiguous(), selection.blocks
+    items = batch * heads * blocks
+    programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
+    counts = torch.empty(items, dtype=torch.int32, device=query.device)
+    rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
+    with torch.cuda.device(query.device):
+        count_kernel[(items,)](
+            words, counts, words.shape[3], blocks, BLOCK, q_len, selection.k_len, CAUSAL=selection.causal, SIZE=1024
+        )
+        attend_kernel[(programs,)](
+            query, key, value, words, counts, rings, out, lse, *_strides(query), *_strides(key), *_strides(value),
+            *_strides(out), *lse.stride()[:2], heads, heads // key.shape[1], q_len, selection.k_len, words.shape[3],
+            blocks, items, scale,
+            D=dim, R=BLOCK, N=shape.step, STAGES=shape.stages, SEG=WORDS, RING=RING, CAUSAL=selection.causal,
+            CONSUMER_REGS=shape.consumer_registers, LOADER_REGS=shape.loader_registers, num_warps=4,
+            maxnreg=REGISTERS,
+        )  # fmt: skip
+
+
+def _cut(rule: spec.Rule, k_len: int, span: int) -> tuple[int, int]:
+    """(keys per window, keys per program): a program owns whole windows, and whole tiles."""
+    whole = -(-k_len // TILE) * TILE
+    window = min(rule.k_local_size * rule.group_k_block, whole)
+    unit = TILE if rule.max_scope == "row" else window
+    return window, min(max(1, span // unit) * unit, whole)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head and row; 0 where there is only one, so that they divide by whatever the copies want."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor itself where 16-byte copies and 32-bit row offsets can read it, which is so for whole rows of heads."""
+    fits = (x.shape[2] - 1) * x.stride(2) + x.shape[3] < 2**31
+    whole = x.stride(3) == 1 and all(s % 16 == 0 for s in _strides(x)) and x.data_ptr() % 16 == 0
+    return x if fits and whole else x.contiguous()

@@ -1,0 +1,206 @@
+"""Which keys each block keeps, on Hopper: the scores are one matrix product, and nothing of them is ever written.
+
+    loader     (4 warps)  tiles of N consecutive keys -> shared memory (cp.async)
+    consumer 0 (4 warps)  64 pooled rows: scores (wgmma), maxima, comparison, bits
+    consumer 1 (4 warps)  the next 64 pooled rows of the same tiles
+
+A pooled row is kept as the sum of two half-precision numbers, so that its mean keeps 16 bits; a score is the sum of two
+products. A program owns 128 pooled rows and a segment of whole windows, and alone writes their words: no atomics, no
+sort, no order that could change. A row's maximum needs a first pass that leaves each segment's maximum.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+HALF = gl.constexpr(64)  # pooled rows of a consumer
+NONE = gl.constexpr(float("-inf"))
+
+
+@gluon.jit
+def _copy(smem, base, row, stride, D: gl.constexpr):
+    """Start copying rows of D values to shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    dims = gl.arange(0, D, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(smem, base + ((row * stride)[:, None] + dims[None, :]))
+
+
+@gluon.jit
+def _loader(k_smem, k_full, k_empty, k_base, skn, k_len, lo, hi, D: gl.constexpr, N: gl.constexpr,
+            STAGES: gl.constexpr):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    tile = 0
+    for first in range(lo, hi, N):
+        stage = tile % STAGES
+        mbarrier.wait(k_empty.index(stage), (tile // STAGES & 1) ^ 1)
+        row = gl.minimum(first + gl.arange(0, N, gl.SliceLayout(1, layout)), k_len - 1)
+        _copy(k_smem.index(stage), k_base, row, skn, D)
+        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+        tile += 1
+
+
+@gluon.jit
+def _running(tops, STEPS: gl.constexpr):
+    """Inclusive running maximum along the last axis of [64, 2 ** STEPS], in registers."""
+    n: gl.constexpr = 1 << STEPS
+    layout: gl.constexpr = tops.type.layout
+    for step in gl.static_range(STEPS):
+        halves = gl.permute(gl.reshape(tops, (HALF, n >> (step + 1), 2, 1 << step)), (0, 1, 3, 2))
+        left, right = gl.split(halves)
+        right = gl.maximum(right, gl.max(left, 2)[:, :, None])
+        merged = gl.permute(gl.join(left, right), (0, 1, 3, 2))
+        tops = gl.convert_layout(gl.reshape(merged, (HALF, n)), layout, assert_trivial=True)
+    return tops
+
+
+@gluon.jit
+def _words(kept, N: gl.constexpr, SHARE: gl.constexpr):
+    """bool [64, N] -> int32 words [64 // SHARE, N // 32] of the union over SHARE neighbouring rows."""
+    cube = gl.reshape(kept.to(gl.int32), (HALF, N // 32, 32))
+    layout: gl.constexpr = cube.type.layout
+    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
+    words = gl.sum(cube << bit, 2)
+    if SHARE > 1:
+        words = gl.reduce_or(gl.reshape(words, (HALF // SHARE, SHARE, N // 32)), 1)
+    return words
+
+
+@gluon.jit
+def _candidates(row_start, key, k_len, P: gl.constexpr, CAUSAL: gl.constexpr):
+    """bool [64, N]: keys that may enter the maximum and be selected."""
+    seen = (key < k_len)[None, :]
+    if CAUSAL:
+        seen = seen & (key >= P)[None, :] & (key[None, :] < row_start[:, None])
+    return seen
+
+
+@gluon.jit
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row, segment,
+              segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+              D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
+              STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    TILES: gl.constexpr = N // B
+    STEPS: gl.constexpr = 0 if TILES == 1 else (1 if TILES == 2 else (2 if TILES == 4 else 3))
+    first_row = tile_row * 2 * HALF + HALF_INDEX * HALF
+    source = gl.minimum(first_row + gl.arange(0, HALF, gl.SliceLayout(1, wide)), pooled_rows - 1)
+    line = bh.to(gl.int64) * pooled_rows
+    _copy(q_smem.index(2 * HALF_INDEX), HIGH + line * D, source, D, D)
+    _copy(q_smem.index(2 * HALF_INDEX + 1), LOW + line * D, source, D, D)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    high, low = q_smem.index(2 * HALF_INDEX), q_smem.index(2 * HALF_INDEX + 1)
+
+    row = first_row + gl.arange(0, HALF, ROWS)
+    row_start = row * P + offset
+    none = gl.zeros([HALF, N], gl.float32, ACC)
+    top = gl.full([HALF], float("-inf"), gl.float32, ROWS)
+    if ROW_SCOPE and not MAXIMA:
+        top = gl.load(TOPS + line + row, mask=row < pooled_rows, other=float("inf"))
+    mbarrier.wait(k_full.index(0), 0)
+    fence_async_shared()
+    keys = k_smem.index(0).permute((1, 0))
+    ahead = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
+    ahead = warpgroup_mma(low, keys, ahead, is_async=True)
+    tile = 0
+    for first in range(lo, hi, N):
+        scores = warpgroup_mma_wait(0, deps=(ahead,))
+        mbarrier.arrive(k_empty.index(tile % STAGES))
+        tile += 1
+        if first + N < hi:
+            mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)
+        fence_async_shared()
+        keys = k_smem.index(tile % STAGES).permute((1, 0))
+        ahead = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
+        ahead = warpgroup_mma(low, keys, ahead, is_async=True)
+        key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
+        edge = first + N > k_len
+        if CAUSAL:
+            edge = edge | (first < P) | (first + N > first_row * P + offset)
+        if edge:
+            scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL), scores, float("-inf"))
+        if MAXIMA:
+            top = gl.maximum(top, gl.max(scores, 1))
+        else:
+            if ROW_SCOPE:
+                kept = (scores + alpha >= top[:, None]) & (scores > float("-inf"))
+            else:
+                cube = gl.reshape(scores, (HALF, TILES, B))
+                tops = _running(gl.max(cube, 2), STEPS)
+                fresh = first % window == 0
+                carry = gl.convert_layout(gl.where(fresh, float("-inf"), top), gl.SliceLayout(1, tops.type.layout))
+                tops = gl.maximum(tops, carry[:, None])
+                top = gl.convert_layout(gl.max(tops, 1), ROWS)
+                passes = (cube + alpha >= tops[:, :, None]) & (cube > float("-inf"))
+                kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
+            if CAUSAL:
+                if edge:
+                    own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
+                    kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
+            kept = kept & (row < pooled_rows)[:, None]
+            words = _words(kept, N, SHARE)
+            place: gl.constexpr = words.type.layout
+            block = first_row // SHARE + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, place))
+            at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, place))
+            spot = (bh.to(gl.int64) * blocks + block.to(gl.int64)) * width
+            gl.store(
+                WORDS + (spot[:, None] + at[None, :]), words, mask=(block < blocks)[:, None] & (at < width)[None, :]
+            )
+    last = warpgroup_mma_wait(0, deps=(ahead,))
+    if MAXIMA:
+        gl.store(TOPS + (line + row) * segments + segment, top, mask=row < pooled_rows)
+
+
+@gluon.jit
+def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, pooled_rows, k_len, offset, width,
+                  blocks, row_tiles, segments, span, window,
+                  D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
+                  STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
+                  CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
+    """One segment of ``span`` keys for 128 pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
+
+    grid (row_tiles * segments, B * H), row tiles fastest, so that neighbours read the same keys from L2. Words of keys
+    that no row of the tile can see are left as they were.
+    """
+    tile_row, segment = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
+    bh = gl.program_id(1)
+    lo = segment * span
+    hi = gl.minimum(lo + span, k_len)
+    if CAUSAL:
+        hi = gl.minimum(hi, (tile_row + 1) * 2 * HALF * P + offset)
+    if hi > lo:
+        dtype: gl.constexpr = K.dtype.element_ty
+        q_smem = gl.allocate_shared_memory(dtype, [4, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], dtype))
+        k_smem = gl.allocate_shared_memory(dtype, [STAGES, N, D], gl.NVMMASharedLayout.get_default_for([N, D], dtype))
+        k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(k_full.index(i), count=128)
+            mbarrier.init(k_empty.index(i), count=2)
+        alpha = gl.load(ALPHA + bh)
+        k_base = K + (bh // heads).to(gl.int64) * skb + (bh % heads // group).to(gl.int64) * skh
+        gl.warp_specialize(
+            [
+                (_consumer, (gl.constexpr(0), q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row,
+                             segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
+                (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row,
+                             segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
+                (_loader, (k_smem, k_full, k_empty, k_base, skn, k_len, lo, hi, D, N, STAGES)),
+            ],
+            [4, 4],
+            [CONSUMER_REGS, LOADER_REGS],
+        )  # fmt: skip

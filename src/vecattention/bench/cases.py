@@ -1,0 +1,105 @@
+"""What is timed: the shapes of real models, inputs whose maps look like those of videos, and lists of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vecattention import bits
+from vecattention.spec import Selection
+
+RUN = 16  # neighbouring keys that a bright stretch of a map is made of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: query heads, key heads, lengths, whether causal; head_dim 128, batch 1."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    causal: bool
+    head_dim: int = 128
+
+    @property
+    def dense_flop(self) -> float:
+        """Floating-point operations of dense attention: 4 H Sq Sk D, or what the causal half of it takes."""
+        pairs = self.q_len * self.k_len - (self.q_len * (self.q_len - 1) // 2 if self.causal else 0)
+        return 4.0 * self.heads * self.head_dim * pairs
+
+
+CASES = {
+    case.name: case
+    for case in (
+        *(Case(f"qwen2.5-vl-{n}k", 28, 4, n * 1024, n * 1024, True) for n in (4, 8, 16, 32, 64, 128)),
+        *(Case(f"square-{n}k", 8, 8, n * 1024, n * 1024, False) for n in (8, 32, 128)),
+        Case("wan2.1-14b-720p", 40, 40, 75_600, 75_600, False),
+        Case("hunyuanvideo-720p", 24, 24, 118_800, 119_056, False),
+    )
+}
+
+
+def case_of(name: str) -> Case:
+    """The case of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in CASES:
+        raise ValueError(f"case is {name!r}, wanted one of {', '.join(CASES)}; pick one of these shapes")
+    return CASES[name]
+
+
+def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+           structure: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Random query [1, H, Sq, D], key and value [1, Hkv, Sk, D], float by float normal.
+
+    Args:
+        structure: how strongly the queries of a head agree on a direction that a tenth of the keys, in stretches of 16,
+            point to: 0 for plain noise, 1 for maps with bright vertical stretches like those of videos.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    query = normal(1, case.heads, case.q_len, case.head_dim)
+    key = normal(1, case.kv_heads, case.k_len, case.head_dim)
+    value = normal(1, case.kv_heads, case.k_len, case.head_dim)
+    if structure:
+        direction = torch.nn.functional.normalize(normal(1, case.kv_heads, 1, case.head_dim).float(), dim=-1).to(dtype)
+        bright = torch.rand(1, case.kv_heads, -(-case.k_len // RUN), 1, device=device, generator=generator) < 0.1
+        bright = bright.repeat_interleave(RUN, dim=2)[:, :, : case.k_len]
+        key += bright * direction * (structure * 12)
+        query += direction.repeat_interleave(case.heads // case.kv_heads, dim=1) * (structure * 2)
+    return query, key, value
+
+
+def lists(case: Case, density: float, kind: str = "random", seed: int = 0, block: int = 128,
+          device: str = "cuda") -> Selection:  # fmt: skip
+    """A selection of about this density: "random" single keys, or "clustered" stretches that all blocks of a head share.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in ("random", "clustered"):
+        raise ValueError(f"kind is {kind!r}, wanted 'random' or 'clustered'; pick one of the two")
+    generator = torch.Generator(device).manual_seed(seed)
+    blocks, words = -(-case.q_len // block), bits.words_for(case.k_len)
+    out = torch.empty(1, case.heads, blocks, words, dtype=torch.int32, device=device)
+    rows = max(1, 2**27 // case.k_len)
+    for head in range(case.heads):
+        stretch = torch.rand(-(-case.k_len // RUN), device=device, generator=generator).repeat_interleave(RUN)
+        for first in range(0, blocks, rows):
+            shape = (min(rows, blocks - first), case.k_len)
+            noise = torch.rand(shape, device=device, generator=generator)
+            # Four fifths of a clustered list are the head's own stretches, one fifth differs from block to block.
+            kept = noise < density
+            if kind == "clustered":
+                kept = (stretch[: case.k_len] < 0.8 * density) | (noise < 0.2 * density)
+            out[0, head, first : first + rows] = bits.pack(kept)
+    return Selection(out, case.q_len, case.k_len, block, case.causal)

@@ -1,0 +1,31 @@
+"""Records in words and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Record = dict[str, Any]
+SHOWN = ("kernel", "backend", "pool", "block", "scope", "lists", "density", "structure")
+
+
+def line(record: Record) -> str:
+    """One record on one line."""
+    what = " ".join(f"{name}={_short(record[name])}" for name in SHOWN if record.get(name) not in (None, ""))
+    head = f"{record['key']['study']:<9} {record['key']['case']:<18} {what}"
+    if "failed" in record:
+        return f"{head}  {record['failed']}"
+    parts = [
+        f"{record['ms']:9.3f} ms ({record['ms_q1']:.3f} .. {record['ms_q3']:.3f})",
+        f"{record['tflops']:6.1f} TFLOP/s",
+    ]
+    if "ms_graph" in record:
+        parts.append(f"graph {record['ms_graph']:.3f} ms, extra {record['extra_mib']} MiB")
+    if "error" in record:
+        parts.append(f"error {record['error']:.1e} (torch {record['error_torch']:.1e})")
+    if record.get("repeats_equal") is False:
+        parts.append("TWO RUNS DIFFER")
+    return f"{head}  {'  '.join(parts)}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,79 @@
+"""How long a function takes on the GPU: medians and quartiles of groups of calls that the host does not hold up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+GROUPS = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median and the quartiles over groups of calls, and how many calls were timed."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+    def record(self) -> dict[str, float | int]:
+        """JSON-ready values, milliseconds with three digits after the point."""
+        return {
+            "ms": round(self.median, 4), "ms_q1": round(self.low, 4), "ms_q3": round(self.high, 4), "calls": self.calls,
+        }  # fmt: skip
+
+
+def measure(call: Callable[[], object], budget_ms: float = 150.0) -> Timing:
+    """Time a call that queues work on the GPU.
+
+    Calls are queued in groups between two events, so that the host's part hides behind the device's; inputs are larger
+    than the L2 cache or the call itself sweeps it. A first pass warms up and sizes the groups.
+
+    Args:
+        call: queues the work and returns.
+        budget_ms: about how long all groups take together.
+    """
+    for _ in range(2):
+        call()
+    once = _group(call, 3)
+    each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
+    times = sorted(_group(call, each) for _ in range(GROUPS))
+    return Timing(times[GROUPS // 2], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS)
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph: one launch, whatever the host does in between."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_extra(call: Callable[[], object]) -> int:
+    """Bytes that a call allocates at its peak beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _group(call: Callable[[], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls

@@ -13,6 +13,12 @@ from vecattention import spec
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLING_SIZES = (16, 32, 64, 128)
 SCOPES = ("window", "row")
+THRESHOLD = 0.9
+MEANINGS = {
+    "threshold": "a key's probability relative to the largest; 0.9 is sparse, 0.001 dense",
+    "coverage": "the share of the pooled softmax that the kept keys hold; pass 0.9 to keep most of it",
+    "density": "the share of all allowed pairs that are kept; pass 0.1 to keep a tenth",
+}
 
 
 def tensors(causal: bool, **named: Tensor) -> None:
@@ -87,8 +93,8 @@ def scale_of(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def threshold(value: float | Tensor, batch: int, heads: int) -> Tensor:
-    """The threshold as a tensor of shape [], [H] or [B, H] on its own device; its values are checked in `alpha`.
+def threshold(value: float | Tensor, batch: int, heads: int, name: str = "threshold") -> Tensor:
+    """The threshold as a tensor of shape [], [H] or [B, H] on its own device; its values are checked in `values`.
 
     Raises:
         TypeError: neither a real number nor a tensor of numbers.
@@ -96,20 +102,41 @@ def threshold(value: float | Tensor, batch: int, heads: int) -> Tensor:
     """
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"threshold has dtype {value.dtype}, wanted real numbers in (0, 1]; pass a float tensor")
-        if value.ndim > 2 or any(n not in (1, full) for n, full in zip(value.shape[::-1], (heads, batch), strict=False)):
+            raise TypeError(f"{name} has dtype {value.dtype}, wanted real numbers in (0, 1]; pass a float tensor")
+        if value.ndim > 2 or any(
+            n not in (1, full) for n, full in zip(value.shape[::-1], (heads, batch), strict=False)
+        ):
             raise ValueError(
-                f"threshold has shape {_shape(value)}, wanted () or ({heads},) or ({batch}, {heads}) = (batch, heads); "
-                "pass threshold[:, None] for one value per batch element, table[layer] for one layer of a table"
+                f"{name} has shape {_shape(value)}, wanted () or ({heads},) or ({batch}, {heads}) = (batch, heads); "
+                f"pass {name}[:, None] for one value per batch element, table[layer] for one layer of a table"
             )
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
-            f"threshold is {value!r} ({type(value).__name__}), wanted a number in (0, 1] or a tensor that broadcasts "
+            f"{name} is {value!r} ({type(value).__name__}), wanted a number in (0, 1] or a tensor that broadcasts "
             "to (batch, heads); pass a float, or torch.tensor([...]) with one value per head"
         )
-    _probability(float(value))
-    return torch.tensor(float(value), dtype=torch.float64)
+    _probability(float(value), name)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def target(limit: float | Tensor, coverage: float | Tensor | None, density: float | Tensor | None, batch: int,
+           heads: int) -> tuple[str, Tensor]:  # fmt: skip
+    """What decides how many keys are kept: "threshold" (``limit``), "coverage" or "density", and its checked value.
+
+    Raises:
+        TypeError, ValueError: as `threshold`, or more than one of them is given.
+    """
+    given = {name: x for name, x in (("coverage", coverage), ("density", density)) if x is not None}
+    if given and not (isinstance(limit, Real) and limit == THRESHOLD):
+        given = {"threshold": limit} | given
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} are both given, wanted one of them, as each decides how many keys are kept; "
+            "leave one out"
+        )
+    kind, value = next(iter(given.items()), ("threshold", limit))
+    return kind, threshold(value, batch, heads, kind)
 
 
 def alpha(value: Tensor, batch: int, heads: int, device: torch.device) -> Tensor:
@@ -119,15 +146,25 @@ def alpha(value: Tensor, batch: int, heads: int, device: torch.device) -> Tensor
     Raises:
         ValueError: a value on the CPU that is NaN or outside (0, 1].
     """
+    wide = values(value)
+    if value.device.type == "cpu" and value.ndim == 0:
+        return torch.full((1, 1), -math.log(float(wide)), dtype=torch.float32, device=device).expand(batch, heads)
+    return (-wide.log()).float().to(device, non_blocking=True).expand(batch, heads)
+
+
+def values(value: Tensor, name: str = "threshold") -> Tensor:
+    """The checked values as float64, on their own device; see `alpha` for where they are checked.
+
+    Raises:
+        ValueError: a value on the CPU that is NaN or outside (0, 1].
+    """
     wide = value.double()
     if value.device.type == "cpu":
         for entry in wide.flatten().tolist():
-            _probability(entry)
-        if value.ndim == 0:
-            return torch.full((1, 1), -math.log(float(wide)), device=device).expand(batch, heads)
+            _probability(entry, name)
     else:
-        torch._assert_async(((wide > 0) & (wide <= 1)).all(), "threshold holds NaN or a value outside (0, 1]")
-    return (-wide.log()).float().to(device, non_blocking=True).expand(batch, heads)
+        torch._assert_async(((wide > 0) & (wide <= 1)).all(), f"{name} holds NaN or a value outside (0, 1]")
+    return wide
 
 
 def chunk_size(value: int | None) -> int:
@@ -153,8 +190,7 @@ def selection(value: spec.Selection, query: Tensor, key: Tensor) -> None:
     got = (*value.words.shape[:2], value.q_len, value.k_len)
     if wanted != got:
         raise ValueError(
-            f"selection is for (B, H, Sq, Sk) = {got}, wanted {wanted} of query and key; "
-            "select again for these tensors"
+            f"selection is for (B, H, Sq, Sk) = {got}, wanted {wanted} of query and key; select again for these tensors"
         )
     if value.words.device != query.device:
         raise ValueError(
@@ -181,7 +217,9 @@ def _order(order: Tensor, selection: spec.Selection) -> None:
 
 def _tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, wanted a torch.Tensor [B, H, S, D]; wrap it in torch.as_tensor")
+        raise TypeError(
+            f"{name} is a {type(x).__name__}, wanted a torch.Tensor [B, H, S, D]; wrap it in torch.as_tensor"
+        )
     if x.ndim != 4:
         raise ValueError(
             f"{name} has shape {_shape(x)}, wanted 4 dimensions [batch, heads, length, head_dim]; "
@@ -191,7 +229,9 @@ def _tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}, wanted float16, bfloat16 or float32; convert it with .to(dtype)")
     for size, what in zip(x.shape, ("batch", "heads", "length", "head_dim"), strict=True):
         if size < 1:
-            raise ValueError(f"{name} has shape {_shape(x)}, wanted at least 1 in {what}; skip the call for empty input")
+            raise ValueError(
+                f"{name} has shape {_shape(x)}, wanted at least 1 in {what}; skip the call for empty input"
+            )
     if x.shape[3] not in spec.HEAD_DIMS:
         raise ValueError(
             f"{name} has head_dim {x.shape[3]}, wanted one of {spec.HEAD_DIMS}; pad the head with zeros and pass scale"
@@ -222,12 +262,9 @@ def _integer(name: str, value: int) -> int:
     return int(value)
 
 
-def _probability(value: float) -> None:
+def _probability(value: float, name: str) -> None:
     if not 0.0 < value <= 1.0:  # false for NaN too
-        raise ValueError(
-            f"threshold is {value}, wanted a number in (0, 1]: a key's probability relative to the largest; "
-            "0.9 is sparse, 0.001 dense"
-        )
+        raise ValueError(f"{name} is {value}, wanted a number in (0, 1]: {MEANINGS[name]}")
 
 
 def _shape(x: Tensor) -> str:

@@ -5,10 +5,12 @@ Each verb is a `torch.library` operator, so that `torch.compile(fullgraph=True)`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vecattention import bits, checks, dispatch, spec
+from vecattention import bits, checks, dispatch, spec, targets
 from vecattention.spec import Problem, Rule, Selection
 
 
@@ -17,6 +19,8 @@ def select(
     key: Tensor,
     *,
     threshold: float | Tensor = 0.9,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     q_pooling_size: int = 64,
     q_block_size: int | None = None,
     k_local_size: int = 16,
@@ -37,6 +41,11 @@ def select(
         key: [B, Hkv, Sk, D], same dtype and device; H a multiple of Hkv. Causal: Sq <= Sk, aligned bottom-right.
         threshold: minimum probability of a key relative to the largest, in (0, 1]; higher is sparser. A number, or a
             tensor of shape [], [H] or [B, H]. Values of a tensor on a GPU are checked there by a device assertion.
+        coverage: instead of a threshold, the share of the pooled softmax that the kept keys shall hold, in (0, 1].
+        density: instead of a threshold, the share of all allowed pairs that shall be kept, in (0, 1]. Both look for
+            one cut-off with a histogram and meet their target within one of its bins (`vecattention.targets`): a
+            number for all heads of a batch element together, a tensor of shape [H] or [B, H] for each head. They cost
+            another pass over the pooled scores. What is kept anyway (causal) may exceed them.
         q_pooling_size: P, queries averaged into one pooled row: 16, 32, 64 or 128.
         q_block_size: R, rows that share one list of keys, a multiple of P up to 128; None means P.
         k_local_size: B, keys per tile: 16, 32, 64 or 128, at most P.
@@ -63,9 +72,9 @@ def select(
         head_dim=query.shape[3], q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
         group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale,
     )  # fmt: skip
-    limit = checks.threshold(threshold, query.shape[0], query.shape[1])
+    kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     dispatch.check(backend)
-    words = _select(query, key, limit, *_arguments(rule), backend)
+    words = _select(query, key, limit, kind, *_arguments(rule), backend)
     return Selection(words, query.shape[2], key.shape[2], rule.q_block_size, causal)
 
 
@@ -122,6 +131,8 @@ def vec_attention(
     value: Tensor,
     *,
     threshold: float | Tensor = 0.9,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     q_pooling_size: int = 64,
     q_block_size: int | None = None,
     k_local_size: int = 16,
@@ -149,9 +160,10 @@ def vec_attention(
         torch.Size([1, 4, 1000, 64])
     """
     out, lse, _ = counted(
-        query, key, value, count=False, threshold=threshold, q_pooling_size=q_pooling_size, q_block_size=q_block_size,
-        k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale,
-        chunk_size=chunk_size, backend=backend,
+        query, key, value, count=False, threshold=threshold, coverage=coverage, density=density,
+        q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
+        group_k_block=group_k_block, max_scope=max_scope, causal=causal, scale=scale, chunk_size=chunk_size,
+        backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -161,20 +173,25 @@ def counted(
     key: Tensor,
     value: Tensor,
     *,
-    threshold: float | Tensor,
+    threshold: float | Tensor = 0.9,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     causal: bool = True,
     chunk_size: int | None = None,
     backend: str = "auto",
     count: bool = True,
-    **rule_arguments: object,
+    **rule_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vec_attention` that also counts: (out, lse, kept pairs int64 [B, H], or [0, 0] without ``count``)."""
     checks.tensors(causal, query=query, key=key, value=value)
     rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
-    limit = checks.threshold(threshold, query.shape[0], query.shape[1])
+    kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     dispatch.check(backend)
     asked = checks.chunk_size(chunk_size)
-    return _vec_attention(query, key, value, limit, *_arguments(rule), asked, count, backend)
+    found: tuple[Tensor, Tensor, Tensor] = _vec_attention(
+        query, key, value, limit, kind, *_arguments(rule), asked, count, backend
+    )
+    return found
 
 
 def explain(
@@ -183,10 +200,12 @@ def explain(
     value: Tensor | None = None,
     *,
     threshold: float | Tensor = 0.9,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     causal: bool = True,
     chunk_size: int | None = None,
     backend: str = "auto",
-    **rule_arguments: object,
+    **rule_arguments: Any,
 ) -> dispatch.Explanation:
     """Say which backend `vec_attention` would use with these arguments, why not the others, and its workspace.
 
@@ -201,7 +220,7 @@ def explain(
     given = {"query": query, "key": key} | ({} if value is None else {"value": value})
     checks.tensors(causal, **given)
     rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
-    checks.threshold(threshold, query.shape[0], query.shape[1])
+    checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     return dispatch.explain(Problem.of(query, key, rule), backend, checks.chunk_size(chunk_size))
 
 
@@ -229,17 +248,17 @@ def _arguments(rule: Rule) -> tuple[int, int, int, int, str, bool, float]:
 
 
 @torch.library.custom_op("vecattention::select", mutates_args=())
-def _select(query: Tensor, key: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int, scope: str,
-            causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
+def _select(query: Tensor, key: Tensor, limit: Tensor, kind: str, pool: int, block: int, tile: int, group: int,
+            scope: str, causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
     rule = Rule(pool, block, tile, group, scope, causal, scale)
-    problem = Problem.of(query, key, rule)
-    alpha = checks.alpha(threshold, problem.batch, problem.heads, query.device)
-    return dispatch.choose(backend, problem).select(query, key, alpha, rule)
+    chosen = dispatch.choose(backend, Problem.of(query, key, rule))
+    with _own_dtypes(query):
+        return chosen.select(query, key, _alpha(query, key, limit, kind, rule), rule)
 
 
 @_select.register_fake
-def _(query: Tensor, key: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int, scope: str,
-      causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
+def _(query: Tensor, key: Tensor, limit: Tensor, kind: str, pool: int, block: int, tile: int, group: int,
+      scope: str, causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
     blocks = (query.shape[2] + block - 1) // block
     width = (key.shape[2] + bits.WORD - 1) // bits.WORD
     return query.new_empty((query.shape[0], query.shape[1], blocks, width), dtype=torch.int32)
@@ -251,7 +270,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, words: Tensor, block: int
     selection = Selection(words, query.shape[2], key.shape[2], block, causal)
     problem = Problem.of(query, key, Rule(q_pooling_size=block, q_block_size=block, causal=causal, scale=scale))
     out, lse = _outputs(query)
-    dispatch.choose(backend, problem).attend(query, key, value, selection, scale, out, lse)
+    with _own_dtypes(query):
+        dispatch.choose(backend, problem).attend(query, key, value, selection, scale, out, lse)
     return out, lse
 
 
@@ -262,31 +282,44 @@ def _(query: Tensor, key: Tensor, value: Tensor, words: Tensor, block: int, caus
 
 
 @torch.library.custom_op("vecattention::vec_attention", mutates_args=())
-def _vec_attention(query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, pool: int, block: int, tile: int,
-                   group: int, scope: str, causal: bool, scale: float, chunk: int, count: bool, backend: str,
-                   ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _vec_attention(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kind: str, pool: int, block: int,
+                   tile: int, group: int, scope: str, causal: bool, scale: float, chunk: int, count: bool,
+                   backend: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rule = Rule(pool, block, tile, group, scope, causal, scale)
     problem = Problem.of(query, key, rule)
-    alpha = checks.alpha(threshold, problem.batch, problem.heads, query.device)
     chosen = dispatch.choose(backend, problem)
     out, lse = _outputs(query)
     kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
     size = dispatch.chunk_for(problem, chunk)
-    for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, size, causal):
-        q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
-        selection = Selection(chosen.select(q, k, alpha, rule), q.shape[2], k.shape[2], block, causal)
-        chosen.attend(q, k, v, selection, scale, out[:, :, rows], lse[:, :, rows])
-        if count:
-            kept += selection.kept_pairs()
+    with _own_dtypes(query):
+        alpha = _alpha(query, key, limit, kind, rule)
+        for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, size, causal):
+            q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+            selection = Selection(chosen.select(q, k, alpha, rule), q.shape[2], k.shape[2], block, causal)
+            chosen.attend(q, k, v, selection, scale, out[:, :, rows], lse[:, :, rows])
+            if count:
+                kept += selection.kept_pairs()
     return out, lse, kept
 
 
 @_vec_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, pool: int, block: int, tile: int, group: int,
-      scope: str, causal: bool, scale: float, chunk: int, count: bool, backend: str,
+def _(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kind: str, pool: int, block: int, tile: int,
+      group: int, scope: str, causal: bool, scale: float, chunk: int, count: bool, backend: str,
       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = (query.shape[0], query.shape[1]) if count else (0, 0)
     return (*_outputs(query), query.new_empty(shape, dtype=torch.int64))
+
+
+def _alpha(query: Tensor, key: Tensor, limit: Tensor, kind: str, rule: Rule) -> Tensor:
+    """float32 [B, H]: the cut-off of a threshold, or the one that reaches a coverage or a density."""
+    if kind == "threshold":
+        return checks.alpha(limit, query.shape[0], query.shape[1], query.device)
+    return targets.alpha_for(query, key, checks.values(limit, kind), kind, rule)
+
+
+def _own_dtypes(query: Tensor) -> torch.autocast:
+    """Autocast off: a backend's float32 accumulation stays float32 in a model that runs under autocast."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:

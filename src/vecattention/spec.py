@@ -10,8 +10,10 @@ and key ``j`` is kept when it is a candidate and  ``s[g, j] + alpha >= m[g, j]``
 * non-causal:  kept(g) = { j : s[g, j] + alpha >= m[g, j] } over all keys.
 
 ``m`` is the maximum over candidates: of the whole row (``max_scope="row"``), or (``"window"``) of the tiles of B keys
-of j's window of B G keys, up to and including j's own tile. A block of ``R >= P`` rows keeps the union of its pooled
+of j's window of B G keys, up to and including j's own tile. A score of NaN or -inf (from such inputs, or from overflow)
+is not a candidate's: it is never kept and moves no maximum. A block of ``R >= P`` rows keeps the union of its pooled
 rows. This is "min-p" on the pooled row: a key stays when its probability is at least theta times the largest.
+`vecattention.targets` states which alpha reaches a coverage or a density instead.
 Source: VecAttention (CVPR 2026, arXiv 2603.29494), section on TilingSelect with the minS filter.
 """
 
@@ -124,7 +126,17 @@ class Selection:
         return kept & causal_mask(self.q_len, self.k_len, kept.device) if self.causal else kept
 
     def columns(self, b: int, h: int, g: int) -> Tensor:
-        """int64 [n]: ascending positions of all keys that block g of (batch b, query head h) attends."""
+        """int64 [n]: ascending positions of all keys that block g of (batch b, query head h) attends.
+
+        Raises:
+            IndexError: there is no such batch element, head or block.
+        """
+        for name, at, size in zip("bhg", (b, h, g), self.words.shape, strict=False):
+            if not 0 <= at < size:
+                raise IndexError(
+                    f"{name} is {at}, wanted 0 to {size - 1} of (batch, heads, blocks) = "
+                    f"{tuple(self.words.shape[:3])}; blocks hold {self.block} rows"
+                )
         index = bits.unpack(self.words[b, h, g], self.k_len).nonzero().squeeze(-1)
         return index[index < self._end(g)] if self.causal else index
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vecattention import methods
+from vecattention.evals.fidelity.study import STUDIES
 
 if TYPE_CHECKING:
     from vecattention.evals.fidelity.samples import Sample
@@ -68,18 +69,21 @@ def _fidelity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="synthetic maps of video generation, not causal")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of movies or synthetic maps (0)")
     parser.add_argument("--save", metavar="FILE", help="also keep the queries, keys and values, for --qk")
-    parser.add_argument("--studies", nargs="+", default=list(_STUDIES), choices=_STUDIES, help="(all)")
+    parser.add_argument(
+        "--studies",
+        nargs="+",
+        default=[name for name in STUDIES if name != "times"],
+        choices=STUDIES,
+        help="(all but times)",
+    )
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD",
         help=f"name or name:parameter=value,... with names among {', '.join(methods.names())}",
     )  # fmt: skip
     parser.add_argument("--targets", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="matched densities")
-    parser.add_argument("--repeats", type=int, default=0, help="timed runs at matched densities (%(default)s: none)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each call of the times study (%(default)s)")
     parser.add_argument("--device", default="cpu", help="where selections and attention run (%(default)s)")
     parser.add_argument("--out", default="out/fidelity", help="folder of fidelity.jsonl and pareto.png (%(default)s)")
-
-
-_STUDIES = ("oracle", "sweep", "matched", "maximum", "pooling")
 
 
 def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:

@@ -20,6 +20,8 @@ from vecattention.spec import Selection
 
 PARAMETERS: dict[str, object] = {
     "threshold": 0.9,
+    "coverage": None,
+    "density": None,
     "q_pooling_size": 64,
     "q_block_size": None,
     "k_local_size": 16,

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from vecattention import methods
 from vecattention.evals.fidelity.samples import Sample
 from vecattention.methods import Knob
@@ -20,22 +22,24 @@ class Candidate:
     Attributes:
         method: name in `vecattention.methods`.
         fixed: parameters that stay.
-        knob: the one that is turned; None for a method without.
+        by: name of the knob where it is not the method's own: one of `KNOBS`.
     """
 
     method: str
     fixed: dict[str, object] = field(default_factory=dict)
+    by: str | None = None
 
     @property
     def knob(self) -> Knob | None:
-        """The method's knob."""
-        return methods.get(self.method).knob
+        """The parameter that is turned; None for a method without."""
+        return methods.get(self.method).knob if self.by is None else KNOBS[self.by]
 
     @property
     def label(self) -> str:
-        """``name`` or ``name:parameter=value,...``, as `parse` reads it."""
+        """``name``, ``name:parameter=value,...`` or ``name@knob:...``, as `parse` reads it."""
         fixed = ",".join(f"{name}={value}" for name, value in self.fixed.items())
-        return f"{self.method}:{fixed}" if fixed else self.method
+        name = self.method if self.by is None else f"{self.method}@{self.by}"
+        return f"{name}:{fixed}" if fixed else name
 
     def parameters(self, sample: Sample, setting: float | None) -> dict[str, object]:
         """The arguments of ``select`` on this sample at this setting of the knob."""
@@ -46,6 +50,8 @@ class Candidate:
             chosen |= {"variant": "hunyuan" if sample.context else "wan"}
         if self.knob is not None and setting is not None:
             chosen[self.knob.name] = setting
+            if self.by is not None:  # the same target for each head, not for all together
+                chosen[self.knob.name] = torch.full((sample.query.shape[1],), setting, dtype=torch.float64)
         return chosen | self.fixed
 
     def select(self, sample: Sample, setting: float | None) -> Selection:
@@ -55,20 +61,25 @@ class Candidate:
         return method.select(sample.query, sample.key, causal=sample.causal, scale=sample.scale, **arguments)
 
 
+KNOBS = {"coverage": Knob("coverage", (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), 0.01, 1.0)}
+"""Knobs beside the methods' own."""
+
 CAUSAL = (
     "full", "vecattention", "vecattention:max_scope=row",
     "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128",
+    "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128",
     "flexprefill", "xattention", "anchorattention", "anchorattention:step=4",
 )  # fmt: skip
 FREE = (
     "full", "vecattention", "vecattention:group_k_block=8192", "vecattention:max_scope=row",
-    "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128", "xattention:stride=8", "svg",
+    "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128",
+    "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128", "xattention:stride=8", "svg",
 )  # fmt: skip
 """What is compared unless something else is asked for: the published settings, and this library's variants."""
 
 
 def parse(text: str) -> Candidate:
-    """A candidate from ``name`` or ``name:parameter=value,...``; values are Python literals, or words.
+    """A candidate from ``name``, ``name:parameter=value,...`` or ``name@knob:...``; values are literals, or words.
 
     >>> parse("xattention:stride=8").fixed
     {'stride': 8}
@@ -77,7 +88,10 @@ def parse(text: str) -> Candidate:
         ValueError: no such method or parameter, or not of that form.
     """
     name, _, rest = text.partition(":")
+    name, _, by = name.partition("@")
     method = methods.get(name)
+    if by and (by not in KNOBS or by not in method.parameters):
+        raise ValueError(f"method is {text!r}, wanted @ before one of {tuple(KNOBS)} of vecattention; leave it out")
     fixed: dict[str, object] = {}
     for part in filter(None, rest.split(",")):
         parameter, equals, value = part.partition("=")
@@ -90,7 +104,7 @@ def parse(text: str) -> Candidate:
             fixed[parameter] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fixed[parameter] = value
-    return Candidate(name, fixed)
+    return Candidate(name, fixed, by or None)
 
 
 def mean_density(candidate: Candidate, samples: Sequence[Sample], setting: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vecattention import ops
 from vecattention.evals.fidelity.dense import Head
@@ -53,19 +54,34 @@ def figures(sample: Sample, heads: list[Head], selection: Selection) -> Figures:
 def times(sample: Sample, select: Callable[[], Selection], repeats: int) -> dict[str, list[float]]:
     """Seconds of the selection and of the attention over it, one warm-up and ``repeats`` runs each."""
     selection = select()
-    spent: dict[str, list[float]] = {"select": [], "attend": []}
 
     def attend() -> object:
         return ops.attend(sample.query, sample.key, sample.value, selection, scale=sample.scale)
 
-    for name, call in (("select", select), ("attend", attend)):
+    return {"select": _seconds(sample, select, repeats), "attend": _seconds(sample, attend, repeats)}
+
+
+def dense_times(sample: Sample, repeats: int) -> dict[str, list[float]]:
+    """Seconds of torch's own dense attention on the sample."""
+    query, key, value = sample.query, sample.key, sample.value
+
+    def attend() -> object:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=sample.causal, scale=sample.factor, enable_gqa=query.shape[1] != key.shape[1]
+        )
+
+    return {"attend": _seconds(sample, attend, repeats)}
+
+
+def _seconds(sample: Sample, call: Callable[[], object], repeats: int) -> list[float]:
+    call()
+    spent = []
+    for _ in range(repeats):
+        _wait(sample)
+        start = time.perf_counter()
         call()
-        for _ in range(repeats):
-            _wait(sample)
-            start = time.perf_counter()
-            call()
-            _wait(sample)
-            spent[name].append(time.perf_counter() - start)
+        _wait(sample)
+        spent.append(time.perf_counter() - start)
     return spent
 
 

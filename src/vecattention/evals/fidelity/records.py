@@ -44,6 +44,10 @@ class Records:
         """Whether a row with this key was written."""
         return _name(key) in self._rows
 
+    def get(self, key: Mapping[str, Any]) -> Row | None:
+        """The row of this key, None when there is none."""
+        return self._rows.get(_name(key))
+
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Append a row; it is on the disk when this returns."""
         row = {"schema": SCHEMA, "key": dict(key), **values}

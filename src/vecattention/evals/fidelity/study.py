@@ -2,7 +2,8 @@
 
 * oracle: best recall at each density for each granularity, per head;
 * sweep: every candidate at every value of its knob: density, recall, output error, per head;
-* matched: every candidate at three densities, its knob found by bisection over all samples; with times when asked;
+* matched: every candidate at three densities, its knob found by bisection over all samples;
+* times: seconds of selection and attention at the settings that matched found, on the first sample;
 * maximum: the row rule against windows of G tiles, running and final maximum, and top-p, at equal density;
 * pooling: the row rule for P queries pooled and R rows sharing a list.
 """
@@ -13,20 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from vecattention.evals.fidelity import curves
 from vecattention.evals.fidelity.candidates import CAUSAL, FREE, Candidate, matched, parse
 from vecattention.evals.fidelity.dense import Head, dense
-from vecattention.evals.fidelity.measure import figures, times
+from vecattention.evals.fidelity.measure import dense_times, figures, times
 from vecattention.evals.fidelity.records import Records, provenance
 from vecattention.evals.fidelity.samples import Sample, fingerprint
 from vecattention.spec import Rule
 
-STUDIES = ("oracle", "sweep", "matched", "maximum", "pooling")
+STUDIES = ("oracle", "sweep", "matched", "times", "maximum", "pooling")
 DENSITIES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Densities, of all allowed pairs, at which curves are recorded."""
 
 THETAS = (0.9, 0.8, 0.6, 0.4, 0.1, 0.01, 0.001, 1e-4)
 GROUPS = (4, 16, 64, 8192)
+DENSE = "torch SDPA"
 POOLS = ((16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 128))
 
 
@@ -39,14 +43,14 @@ class Plan:
         studies: some of `STUDIES`.
         candidates: as `candidates.parse` reads them; None for the usual ones of the samples' mode.
         targets: densities of the matched study.
-        repeats: timed runs of the matched study; 0 for none.
+        repeats: timed runs of each call of the times study.
     """
 
     data: str
     studies: tuple[str, ...] = STUDIES
     candidates: tuple[str, ...] | None = None
     targets: tuple[float, ...] = (0.1, 0.2, 0.4)
-    repeats: int = 0
+    repeats: int = 5
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def study(samples: Sequence[Sample], records: Records, plan: Plan, step: Callabl
     """
     if len({sample.causal for sample in samples}) != 1:
         raise ValueError(f"samples are {len(samples)} of both modes, wanted all causal or all not; measure them apart")
-    tasks = list(_Tasks(samples, plan).all())
+    tasks = list(_Tasks(samples, records, plan).all())
     written = 0
     for done, task in enumerate(tasks):
         step(done, len(tasks), " ".join(str(x) for x in task.key.values()))
@@ -85,8 +89,8 @@ def study(samples: Sequence[Sample], records: Records, plan: Plan, step: Callabl
 class _Tasks:
     """The rows of a plan; dense attention of a sample is computed when the first row asks for it."""
 
-    def __init__(self, samples: Sequence[Sample], plan: Plan) -> None:
-        self.samples, self.plan = samples, plan
+    def __init__(self, samples: Sequence[Sample], records: Records, plan: Plan) -> None:
+        self.samples, self.records, self.plan = samples, records, plan
         usual = CAUSAL if samples[0].causal else FREE
         self.candidates = [parse(text) for text in plan.candidates or usual]
         self.mark = fingerprint(samples)
@@ -102,6 +106,8 @@ class _Tasks:
                     yield from getattr(self, f"_{name}")(index)
         if "matched" in self.plan.studies:
             yield from self._matched()
+        if "times" in self.plan.studies:
+            yield from self._timed()
 
     def _key(self, study: str, sample: int | None = None, **more: Any) -> dict[str, Any]:
         where = {} if sample is None else {"sample": self.samples[sample].name}
@@ -145,17 +151,35 @@ class _Tasks:
                     rows = []
                     for index, sample in enumerate(self.samples):
                         found = figures(sample, self._heads(index), one.select(sample, setting)).row()
-                        rows.append({"sample": sample.name, **found} | self._times(sample, one, setting))
+                        rows.append({"sample": sample.name, **found})
                     knob = one.knob.name if one.knob else None
                     return {"knob": knob, "setting": setting, "reached": reached, "samples": rows}
 
-                key = self._key("matched", method=one.label, target=target, repeats=self.plan.repeats)
-                yield Task(key, make)
+                yield Task(self._key("matched", method=one.label, target=target), make)
 
-    def _times(self, sample: Sample, one: Candidate, setting: float | None) -> dict[str, Any]:
-        if not self.plan.repeats:
-            return {}
-        return {"seconds": times(sample, lambda: one.select(sample, setting), self.plan.repeats)}
+    def _timed(self) -> Iterator[Task]:
+        sample, repeats = self.samples[0], self.plan.repeats
+        yield Task(self._key("times", method=DENSE), lambda: {"seconds": dense_times(sample, repeats)} | _where())
+        for one in self.candidates:
+            for target in self.plan.targets if one.knob else (1.0,):
+
+                def make(one: Candidate = one, target: float = target) -> dict[str, Any]:
+                    setting = self._setting(one, target)
+                    spent = times(sample, lambda: one.select(sample, setting), repeats)
+                    density = float(one.select(sample, setting).density().mean())
+                    return {"setting": setting, "density": density, "seconds": spent} | _where()
+
+                yield Task(self._key("times", method=one.label, target=target), make)
+
+    def _setting(self, one: Candidate, target: float) -> float | None:
+        row = self.records.get(self._key("matched", method=one.label, target=target))
+        if row is None:
+            raise ValueError(
+                f"the times study has no matched setting of {one.label} at density {target}, wanted one; "
+                "run the matched study first"
+            )
+        setting: float | None = row["setting"]
+        return setting
 
     def _maximum(self, index: int) -> Iterator[Task]:
         sample = self.samples[index]
@@ -186,6 +210,10 @@ class _Tasks:
             return values
 
         return make
+
+
+def _where() -> dict[str, Any]:
+    return {"threads": torch.get_num_threads()}
 
 
 def _round(values: Sequence[float | None]) -> list[float | None]:

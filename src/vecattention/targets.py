@@ -1,0 +1,159 @@
+r"""From a coverage or a density to the cut-off alpha: one pass over the pooled scores, a histogram, no sort.
+
+For block g of R rows and a key j that some pooled row r of g can choose, with s and m of `vecattention.spec`,
+
+    gap(g, j) = min over the pooled rows r of  m[r, j] - s[r, j]  >= 0
+
+says how large alpha must be for the block to keep the key; keys that are kept anyway (causal: the sink and the block's
+own) need none. Gaps fall into fixed bins: 512 to each factor of two from 2^-10 to 2^7 nats, one for smaller gaps and
+one for larger. Bins are taken from the smallest gap on until what is kept reaches the target:
+
+    density d:   pairs kept anyway + pairs (g, j) in the bins taken  >=  d * allowed pairs
+    coverage c:  the same with pairs weighed by their softmax mass, mean over pooled rows  >=  c
+
+and alpha is the upper edge of the last bin taken, so the target is met within one bin. The mass of key j for pooled row
+r is softmax_j s[r, j] over the keys that the block's rows may see, in units of 2^-30. When what is kept anyway reaches
+the target, no other key is taken. A number is a target for all heads of a batch element together, under one alpha; a
+tensor of shape [H] or [B, H] is a target for each head.
+
+Integer sums make the result independent of the order of summation; nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vecattention import spec
+from vecattention.backends import reference
+
+KINDS = ("coverage", "density")
+SHIFT = 14  # bits of a float32 that a bin forgets: 9 of 23 mantissa bits are left
+LOWEST, HIGHEST = (127 - 10) << 9, (127 + 7) << 9  # bin numbers of 2^-10 and 2^7 before counting from one
+BINS = HIGHEST - LOWEST + 2
+UNIT = 2.0**30
+SLAB = 2**22  # scores held at once
+KEYS = 4096  # keys made wide at once
+
+
+def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.Rule) -> Tensor:
+    """The cut-off that reaches a target.
+
+    Args:
+        query: [B, H, Sq, D].
+        key: [B, Hkv, Sk, D].
+        target: values in (0, 1], shape [] (heads together), [H] or [B, H] (each head).
+        kind: "coverage" or "density".
+        rule: everything else that decides the set of keys.
+
+    Returns:
+        float32 [B, H], to be used as the alpha of a selection.
+    """
+    taken = histogram(query, key, kind, rule)
+    wanted = target.to(query.device, torch.float64)
+    if target.ndim == 0:
+        taken = taken.sum(1, keepdim=True)
+    total = taken.sum(-1)
+    if kind == "density":
+        heads = query.shape[1] if target.ndim == 0 else 1
+        total = total.new_full(total.shape, heads * spec.allowed_pairs(query.shape[2], key.shape[2], rule.causal))
+    needed = wanted.expand(taken.shape[:2]) * total
+    last = (taken.cumsum(-1) < needed[..., None]).sum(-1)
+    return upper_edge(last - 1).expand(query.shape[:2])
+
+
+def bin_of(gap: Tensor) -> Tensor:
+    """int64: the bin of float32 gaps >= 0.
+
+    >>> bin_of(torch.tensor([0.0, 2.0**-10, 1.0, 1.0 + 2**-9, 500.0])).tolist()
+    [0, 1, 5121, 5122, 8705]
+    """
+    number = gap.contiguous().view(torch.int32) >> SHIFT
+    return (number.long() - LOWEST + 1).clamp(0, BINS - 1)
+
+
+def upper_edge(number: Tensor) -> Tensor:
+    """float32: the largest gap of a bin; the largest float for the last bin, the smallest for bin -1.
+
+    >>> upper_edge(bin_of(torch.tensor([1.0]))).item() == 1 + 2**-9 - 2**-23
+    True
+    """
+    number = number.clamp(max=BINS - 1)
+    edge = (((number + LOWEST) << SHIFT) - 1).to(torch.int32).view(torch.float32)
+    most = torch.finfo(torch.float32).max
+    return edge.where(number >= 0, -most).where(number < BINS - 1, most)
+
+
+def histogram(query: Tensor, key: Tensor, kind: str, rule: spec.Rule) -> Tensor:
+    """int64 [B, H, 1 + BINS]: what is kept anyway, then what each bin adds, in pairs or in units of 2^-30."""
+    batch, heads, q_len, _ = query.shape
+    share, k_len = heads // key.shape[1], key.shape[2]
+    found = torch.zeros(batch, heads, 1 + BINS, dtype=torch.int64, device=query.device)
+    slab = max(1, SLAB // (share * rule.rows_per_block * k_len)) * rule.q_block_size
+    for b in range(batch):
+        for kv_head in range(key.shape[1]):
+            span = slice(kv_head * share, (kv_head + 1) * share)
+            for first in range(0, q_len, slab):
+                rows = query[b : b + 1, span, first : first + slab]
+                place, weight = _slab(rows, key[b, kv_head], first, q_len, kind, rule)
+                _add(found[b, span], place, weight)
+    return found
+
+
+def _slab(rows: Tensor, key: Tensor, first: int, q_len: int, kind: str, rule: spec.Rule) -> tuple[Tensor, Tensor]:
+    """Entry of the histogram and weight of each block and key, int64 [G, blocks, Sk]; rows [1, G, n, D]."""
+    k_len, pool = key.shape[0], rule.q_pooling_size
+    score = _scores(reference.pooled_queries(rows, pool)[0].mul_(rule.scale), key)
+    score.masked_fill_(score.isnan(), -torch.inf)  # like -inf, no candidate's score
+    position = torch.arange(k_len, device=key.device)
+    start = torch.arange(score.shape[1], device=key.device)[:, None] * pool + first
+    seen = torch.ones_like(score[0], dtype=torch.bool)
+    forced, candidate = ~seen, seen
+    if rule.causal:
+        start = start + (k_len - q_len)
+        seen = position < start + pool
+        candidate = (position >= pool) & (position < start)
+        forced = (position < pool) | ((position >= start) & seen)
+    choice = score.masked_fill(~candidate, -torch.inf)
+    gap = (reference.cut_off(choice, rule) - choice).float().masked_fill_(choice == -torch.inf, torch.inf)
+    gap = _blocks(gap.masked_fill_(forced, -1.0), rule, torch.inf).amin(2)
+    place = torch.where(gap < 0, 0, bin_of(gap.clamp(min=0)) + 1)
+    if kind == "density":
+        return place, _pairs(first, rows.shape[2], q_len, k_len, rule, key.device).expand_as(place)
+    mass = torch.softmax(score.masked_fill(~seen, -torch.inf), -1).nan_to_num_(0.0)
+    return place, _blocks((mass * UNIT).round_().long(), rule, 0).sum(2)
+
+
+def _scores(pooled: Tensor, key: Tensor) -> Tensor:
+    """[G, rows, Sk] of pooled rows [G, rows, D] and key [Sk, D], which is made wide in pieces."""
+    score = pooled.new_empty(*pooled.shape[:2], key.shape[0])
+    for first in range(0, key.shape[0], KEYS):
+        keys = slice(first, first + KEYS)
+        score[..., keys] = pooled @ key[keys].to(pooled.dtype).mT
+    return score
+
+
+def _blocks(x: Tensor, rule: spec.Rule, fill: float) -> Tensor:
+    """[G, pooled rows, Sk] -> [G, blocks, R / P, Sk]."""
+    share = rule.rows_per_block
+    return torch.unflatten(F.pad(x, (0, 0, 0, -x.shape[1] % share), value=fill), 1, (-1, share))
+
+
+def _pairs(first: int, count: int, q_len: int, k_len: int, rule: spec.Rule, device: torch.device) -> Tensor:
+    """int64 [blocks, Sk]: rows of each block that may see each key, for the blocks of rows [first, first + count)."""
+    start = torch.arange(first, first + count, rule.q_block_size, device=device)[:, None]
+    rows = (q_len - start).clamp(max=rule.q_block_size)
+    if not rule.causal:
+        return rows.expand(-1, k_len)
+    late = torch.arange(k_len, device=device) - (start + k_len - q_len)
+    return (rows - late.clamp(min=0)).clamp(min=0)
+
+
+def _add(found: Tensor, place: Tensor, weight: Tensor) -> None:
+    """Add the weights [G, blocks, Sk] at their entries of found [G, 1 + BINS]."""
+    if found.device.type == "cpu":  # several times faster there than a scatter; sums stay below 2^53, so they are exact
+        for line, at, amount in zip(found, place, weight, strict=True):
+            line += torch.bincount(at.flatten(), amount.flatten().double(), 1 + BINS).long()
+        return
+    found.scatter_add_(1, place.flatten(1), weight.flatten(1))

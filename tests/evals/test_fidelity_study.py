@@ -172,7 +172,16 @@ class TestCandidates:
             "max_scope": "row", "q_block_size": 128,
         }  # fmt: skip
 
-    @pytest.mark.parametrize("text", ["flash", "xattention:stride", "xattention:strde=8"])
+    def test_coverage_is_a_target_for_each_head(self, causal: Sample) -> None:
+        one = candidates.parse("vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128")
+        target = one.parameters(causal, 0.8)["coverage"]
+        assert isinstance(target, torch.Tensor) and target.tolist() == [0.8] * 8
+        setting, reached = candidates.matched(one, [causal], 0.4)
+        assert reached == pytest.approx(0.4, rel=0.03) and 0.01 < setting < 1
+
+    @pytest.mark.parametrize("text", [
+        "flash", "xattention:stride", "xattention:strde=8", "xattention@coverage", "vecattention@gamma",
+    ])  # fmt: skip
     def test_wrong_ones_are_refused(self, text: str) -> None:
         with pytest.raises(ValueError, match="wanted"):
             candidates.parse(text)
@@ -218,6 +227,13 @@ class TestStudy:
         monkeypatch.setattr(study, "dense", None)  # nothing left to compute
         assert study.study([causal], Records(records.path), self.PLAN, lambda *_: None) == 0
 
+    def test_times_need_the_matched_settings(self, causal: Sample, tmp_path: Path) -> None:
+        plan = study.Plan("data", studies=("times",), candidates=("xattention",), repeats=1)
+        with pytest.raises(
+            ValueError, match="no matched setting of xattention at density 0.1, wanted one; run the matched"
+        ):
+            study.study([causal], Records(tmp_path / "rows.jsonl"), plan, lambda *_: None)
+
     def test_other_data_is_other_rows(self, causal: Sample, video: Sample, tmp_path: Path) -> None:
         plan = study.Plan("data", studies=("pooling",))
         records = Records(tmp_path / "rows.jsonl")
@@ -240,7 +256,10 @@ class TestStudy:
             for head, bound in zip(row["recall"], best, strict=True):
                 assert all(x is None or x <= y + 1e-6 for x, y in zip(head, bound, strict=True))
         row = next(r for r in show.of(rows, "matched") if r["key"]["method"] == "xattention")
-        assert row["knob"] == "threshold" and len(row["samples"][0]["seconds"]["select"]) == 1
+        assert row["knob"] == "threshold" and row["reached"] == pytest.approx(0.5, rel=0.03)
+        timed = {row["key"]["method"]: row for row in show.of(rows, "times")}
+        assert set(timed) == {study.DENSE, "full", "xattention"}
+        assert timed["xattention"]["setting"] == row["setting"] and len(timed["xattention"]["seconds"]["select"]) == 1
         show.pareto(rows, tmp_path / "pareto.png")
         assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
         assert len(show.tables(rows)) == 4

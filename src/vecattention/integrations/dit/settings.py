@@ -1,0 +1,102 @@
+"""What a run of sparse attention in a video generator was asked to do, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vecattention.integrations.settings import PUBLISHED_THRESHOLD, Settings, settings_of
+from vecattention.integrations.steps import Place, Schedule, schedule_of
+from vecattention.thresholds import BRANCHES, SETTINGS, ThresholdTable
+
+
+@dataclass(frozen=True)
+class DitSettings:
+    """The arguments of `vecattention.apply` for one transformer, checked and completed.
+
+    Attributes:
+        base: rule, backend, chunk_size, min_length, and the threshold where there is no table.
+        schedule: which steps and layers stay dense.
+        table: thresholds by layer and head, or None.
+    """
+
+    base: Settings
+    schedule: Schedule
+    table: ThresholdTable | None = None
+
+    @property
+    def always_dense(self) -> bool:
+        """Whether every step stays dense."""
+        return isinstance(self.schedule.dense_steps, float) and self.schedule.dense_steps == 1.0
+
+    def rows(self, branch: str | None, layers: int) -> list[Tensor]:
+        """Thresholds of each layer, float64 [] or [H] or [B, H], for a guidance branch."""
+        if self.table is None:
+            limit = self.base.limit
+            one = torch.tensor(PUBLISHED_THRESHOLD, dtype=torch.float64) if limit is None else limit
+            return [one] * layers
+        if branch is None:
+            branch = "cond"  # `check_branch` allows it only where the table and the pipeline have one branch
+        return [self.table.row(layer, branch) for layer in range(layers)]
+
+    def check_branch(self, place: Place, guided: bool) -> None:
+        """Refuse a forward whose branch the table has no thresholds for; ``guided``: an "uncond" branch will follow.
+
+        Raises:
+            ValueError: a branch that is not in the table, or nobody named it.
+        """
+        if self.table is None:
+            return
+        if self.table.uncond is None and (guided or place.branch == "uncond"):
+            raise ValueError(
+                "table has thresholds of the branch 'cond' alone, wanted both 'cond' and 'uncond': this generation has "
+                "a guidance branch; tune it too, or pass ThresholdTable(cond, uncond=cond, ...) to share them"
+            )
+        if place.branch is None and self.table.uncond is not None:
+            raise ValueError(
+                "table has thresholds of the branches 'cond' and 'uncond', wanted to be told which one this forward "
+                "is, got none; call it inside transformer.cache_context('cond') or ('uncond')"
+            )
+        if place.branch is not None and place.branch not in BRANCHES:
+            raise ValueError(
+                f"branch is {place.branch!r}, wanted one of {BRANCHES} of the table; pass one threshold instead of it"
+            )
+
+
+def dit_settings_of(
+    *,
+    layers: int,
+    heads: int,
+    threshold: float | Tensor | None = None,
+    table: ThresholdTable | None = None,
+    dense_steps: int | float = 0.06,
+    dense_layers: int | float = 0,
+    min_length: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    **rule: Any,
+) -> DitSettings:
+    """The `DitSettings` of these arguments for a transformer of so many layers and heads; ``rule``: as in `SETTINGS`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a table made for something else.
+    """
+    schedule = schedule_of(dense_steps, dense_layers, layers)
+    asked = {name: value for name, value in rule.items() if value is not None}
+    if table is not None:
+        if not isinstance(table, ThresholdTable):
+            raise TypeError(
+                f"table is a {type(table).__name__}, wanted a ThresholdTable; pass ThresholdTable.load(path)"
+            )
+        if threshold is not None:
+            raise ValueError(f"threshold is {threshold!r} beside a table, wanted one of the two; leave threshold out")
+        table.check(layers, heads, causal=False, **asked)
+        asked = {name: getattr(table, name) for name in SETTINGS if name != "causal"}
+    base = settings_of(
+        layers=layers, heads=heads, threshold=threshold, chunk_size=chunk_size, backend=backend,
+        min_length=0 if min_length is None else min_length, **asked,
+    )  # fmt: skip
+    return DitSettings(base, schedule, table)

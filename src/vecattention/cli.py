@@ -65,10 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain(name, "interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; what Python still holds for it must not raise again at exit.
-        sys.stdout = None  # type: ignore[assignment]
-        return 1
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.traceback:
             raise
@@ -122,10 +118,9 @@ def _first_paragraph(text: str) -> str:
 
 def _line(error: Exception) -> str:
     """One line that says what is wrong and, for a missing package, what to do."""
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("vecattention"):
-        return (
-            f"this command needs the package {error.name!r}, which is not installed; pip install 'vecattention[demo]'"
-        )
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package and package != "vecattention":
+        return f"this needs the package {package!r}, which is not installed; pip install 'vecattention[demo]'"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ def facts() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
     }
+
+
+def commit() -> dict[str, Any] | None:
+    """The commit of the checkout that this package runs from, and whether it was changed since; None outside of one."""
+    here = Path(__file__).parent
+    if not (here.parent.parent / ".git").exists():
+        return None
+    try:
+        name, changed = (
+            subprocess.run(("git", "-C", str(here), *words), capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"hash": name, "dirty": bool(changed)}
 
 
 def _version(name: str) -> str | None:

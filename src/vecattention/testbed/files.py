@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 CRF = "18"
 """Constant rate factor of the H.264 files: lower is finer."""
 
+MEMORY = 4 * 2**30
+"""Most bytes of frames that `read` holds."""
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -96,55 +99,74 @@ def _check_piece(piece: Tensor) -> None:
         )
 
 
-def read(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Tensor, float]:
-    """Frames uint8 [T, H, W, 3] (RGB) of the first video stream of a file, and its frames a second.
+def read(
+    path: str | os.PathLike[str], max_frames: int | None = None, sample: float | None = None
+) -> tuple[Tensor, float]:
+    """Frames uint8 [T, H, W, 3] (RGB) of the first video stream of a file, and the frames a second among them.
 
     Args:
         path: a video file that FFmpeg can decode.
-        max_frames: stop after this many frames; None: all.
+        max_frames: stop after this many frames of the file; None: all.
+        sample: keep at most this many frames a second, evenly; None: all. 2 is what Qwen2.5-VL samples.
 
     Raises:
         FileNotFoundError: no such file.
-        VideoError: the file is empty, is no video, or ends before its last frame.
+        VideoError: the file is empty, is no video, ends before its last frame, or its frames take too much memory.
     """
     import av
 
     name = os.fspath(path)
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames is {max_frames}, wanted at least 1; pass None for all frames")
+    if sample is not None and not sample > 0:
+        raise ValueError(f"sample is {sample}, wanted frames a second, more than 0; pass None for all frames")
     if not Path(name).is_file():
         raise FileNotFoundError(f"path is {name!r}, wanted a video file; there is no such file")
     if not Path(name).stat().st_size:
         raise VideoError(f"path {name!r} is an empty file, wanted a video; write it again")
     try:
         with av.open(name, "r") as container:
-            return _decode(container, name, max_frames)
+            return _decode(container, name, max_frames, sample)
     except av.FFmpegError as error:
         raise VideoError(
             f"path {name!r} cannot be decoded ({error.strerror}), wanted a whole video file; it is no video or it is cut off"
         ) from error
 
 
-def _decode(container: InputContainer, name: str, max_frames: int | None) -> tuple[Tensor, float]:
+def _decode(container: InputContainer, name: str, max_frames: int | None, sample: float | None) -> tuple[Tensor, float]:
     from av.video.reformatter import VideoReformatter
 
     if not container.streams.video:
-        raise VideoError(f"path {name!r} has no video stream, wanted a video; pass another file")
+        raise VideoError(f"path {name!r} has no video stream, wanted a video; it holds none or it is cut off")
     stream = container.streams.video[0]
     stream.thread_type = "SLICE"
     stream.codec_context.options = {"err_detect": "explode"}
-    promised, broken = stream.frames, 0
+    promised, broken, seen = stream.frames, 0, 0
+    rate = float(stream.average_rate or stream.base_rate or 1)
+    share = min(1.0, sample / rate) if sample is not None else 1.0
     frames: list[Tensor] = []
     to_rgb = VideoReformatter()
     for frame in container.decode(stream):
         broken += bool(frame.is_corrupt)
-        frames.append(torch.from_numpy(to_rgb.reformat(frame, format="rgb24").to_ndarray()))
-        if max_frames is not None and len(frames) == max_frames:
+        if int(seen * share) == len(frames):
+            frames.append(torch.from_numpy(to_rgb.reformat(frame, format="rgb24").to_ndarray()))
+            _check_memory(name, frames)
+        seen += 1
+        if seen == max_frames:
             break
     wanted = promised if max_frames is None else min(promised, max_frames)
-    if not frames or broken or len(frames) < wanted:
+    if not frames or broken or seen < wanted:
         raise VideoError(
-            f"path {name!r} has {len(frames) - broken} whole frames, wanted {wanted or 'at least one'}; it is cut off or "
+            f"path {name!r} has {seen - broken} whole frames, wanted {wanted or 'at least one'}; it is cut off or "
             "damaged: write or fetch it again"
         )
-    return torch.stack(frames), float(stream.average_rate or stream.base_rate or 1)
+    return torch.stack(frames), rate * share
+
+
+def _check_memory(name: str, frames: list[Tensor]) -> None:
+    size = len(frames) * frames[0].numel()
+    if size > MEMORY:
+        raise VideoError(
+            f"path {name!r} has {len(frames)} frames of {frames[0].shape[1]} x {frames[0].shape[0]} and more, wanted at "
+            f"most {MEMORY / 2**30:.0f} GiB of them; cut it or scale it down, or sample fewer frames a second"
+        )

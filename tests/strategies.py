@@ -125,3 +125,14 @@ def _numbers(shape: tuple[int, ...], generator: torch.Generator, exact: bool) ->
     if exact:
         return torch.randint(-8, 9, shape, generator=generator) / 4.0
     return torch.randn(shape, generator=generator)
+
+
+def sample(batch: int = 1, heads: int = 2, kv_heads: int = 1, q_len: int = 200, k_len: int | None = None,
+           head_dim: int = 32, dtype: torch.dtype = torch.float32,
+           seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Seeded normal query [batch, heads, q_len, head_dim], key and value [batch, kv_heads, k_len, head_dim]."""
+    numbers = torch.Generator().manual_seed(seed)
+    keys = (batch, kv_heads, k_len or q_len, head_dim)
+    shapes = ((batch, heads, q_len, head_dim), keys, keys)
+    query, key, value = (torch.randn(shape, generator=numbers).to(dtype) for shape in shapes)
+    return query, key, value

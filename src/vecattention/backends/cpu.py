@@ -41,7 +41,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor
     slab = max(1, SLAB // (k_len * rule.rows_per_block))
     for b in range(batch):
         for kv_head in range(key.shape[1]):
-            keys = _wide(key[b, kv_head])
+            keys = _rows(key[b, kv_head])
             workers.run(
                 partial(_select_slab, query[b, h], keys, float(alpha[b, h]), rule, part, words[b, h, part])
                 for part in _slabs(blocks, slab)
@@ -88,7 +88,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, index: Tensor, firs
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    logits = (_wide(query) * scale) @ _wide(key.index_select(0, index)).mT
+    logits = (_rows(query) * scale) @ _wide(key.index_select(0, index)).mT
     past = int(torch.searchsorted(index, first, right=True))
     if past < index.numel():
         position = torch.arange(first, first + query.shape[0], device=CPU)
@@ -167,9 +167,15 @@ def _force(kept: Tensor, start: Tensor, seen: int, pool: int) -> None:
 def _pooled(query: Tensor, pool: int) -> Tensor:
     """[Sq, D] -> [ceil(Sq / P), D]: mean of each block's real rows."""
     q_len = query.shape[0]
-    blocks = F.pad(_wide(query), (0, 0, 0, -q_len % pool)).unflatten(0, (-1, pool))
+    blocks = F.pad(_rows(query), (0, 0, 0, -q_len % pool)).unflatten(0, (-1, pool))
     rows = (q_len - torch.arange(blocks.shape[0], device=CPU) * pool).clamp(max=pool)
     return torch.div(blocks.sum(dim=1), rows[:, None])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n, D], wide, and copied if its columns lie apart: BLAS rounds otherwise there."""
+    x = _wide(x)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
     logits = (scale * _grouped(_wide(query), _wide(key).mT)).masked_fill(~_mask(selection), -torch.inf)
     total = logits.logsumexp(dim=-1)
-    probability = (logits - total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp()
+    probability = logits.softmax(dim=-1).masked_fill((total == -torch.inf)[..., None], 0.0)
     out.copy_(_grouped(probability, _wide(value)))
     lse.copy_(total)
 

@@ -244,3 +244,12 @@ def test_a_mask_shorter_than_the_cache_hides_the_rest() -> None:
             with vecattention.apply(model, threshold=threshold):
                 results.append(logits(model, **wish))
     torch.testing.assert_close(results[1][:, :30], results[0][:, :30], **CLOSE)
+
+
+def test_a_layer_that_asks_for_a_window_stays_dense_whatever_its_mask() -> None:
+    x = torch.randn(1, 4, 300, 16)
+    module = torch.nn.Module().eval()
+    module.layer_idx = 0
+    for window, reason in ((299, "the layer has a sliding window shorter than the sequence"), (300, None)):
+        call = Call(module, x, x, x, None, None, 0.0, True, {"sliding_window": window})
+        assert why_dense(call, settings_of(layers=1, heads=4)) == reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import hf_tiny
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 
 import vecattention
 from vecattention.integrations.capture import capture
+from vecattention.integrations.vision import VisionSpans, marks_of
 from vecattention.testbed import answer, movies, prepare, question_for
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32; logits of about 10
@@ -157,6 +159,35 @@ def test_the_span_is_found_in_positional_arguments(trained: Trained, film: Film)
     with torch.no_grad(), vecattention.apply(model, vision_span="auto") as run:
         model(ids, **inputs)
     assert torch.equal(run.stats.density, wanted.stats.density)
+
+
+def test_the_span_of_a_prefill_in_chunks_grows() -> None:
+    """Frames with words between them: in later chunks words before the last frame are inside of the span."""
+    model, ids = hf_tiny.Kind(hf_tiny.qwen25_vl).make(), hf_tiny.text(300)["input_ids"].repeat(2, 1)
+    for start, end in ((40, 60), (90, 100), (170, 180)):
+        ids[0, start:end] = hf_tiny.MARKS["video_token_id"]
+    ids[1, 200:210] = hf_tiny.MARKS["video_token_id"]
+    vision, seen, cache = VisionSpans(marks_of(model.config)), [], DynamicCache()
+    handles = vision.attach(model)
+    handles.append(model.model.language_model.register_forward_pre_hook(lambda *given: seen.append(vision.spans())))
+    for part, where in zip(ids.split(80, 1), torch.arange(300).expand(2, -1).split(80, 1), strict=True):
+        logits(model, {"input_ids": part}, past_key_values=cache, position_ids=where)
+    assert seen == [[(40, 60), None], [(0, 100), None], [(0, 180), (200, 210)], [None, None]]
+    assert vision.spans() is None, "outside of a forward nothing is known"
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_text_model_called_alone_has_no_span(trained: Trained, film: Film) -> None:
+    model = trained[0]
+    embeds = torch.zeros(1, 200, 256)
+    with torch.no_grad(), vecattention.apply(model, vision_span="auto") as run:
+        logits(model, film[0])
+        model.model.language_model(inputs_embeds=embeds)
+    assert (run.stats.sparse_calls, run.stats.dense_calls) == (3, 3)
+    assert list(run.stats.reasons) == [
+        "vision_span is 'auto' and this forward had no input_ids; pass them, or (start, end)"
+    ]
 
 
 def test_the_span_needs_input_ids_and_marks(trained: Trained, film: Film, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vecattention
+from vecattention.integrations.attach import _entered
 from vecattention.integrations.capture import capture
 
 MAKERS = [kind.build for kind in hf_tiny.KINDS.values()] + [hf_tiny.gemma2, hf_tiny.whisper]
@@ -65,7 +66,7 @@ def test_everything_is_restored(make: Callable[[], Any]) -> None:
     assert state(model) == before
     with capture(model):
         assert state(model) != before
-    assert state(model) == before
+    assert state(model) == before and _entered.get() == ()
 
 
 def test_restored_after_an_exception_inside_the_model() -> None:

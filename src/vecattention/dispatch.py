@@ -11,6 +11,7 @@ from torch import Tensor
 from vecattention import bits, spec
 
 BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
+POOLED_ROWS = 128
 WORKSPACE = {"cpu": 8 * 2**20, "cuda": 48 * 2**20}  # bytes of bits that a chunk of queries may hold
 
 
@@ -66,7 +67,7 @@ def why_not(name: str, problem: spec.Problem) -> tuple[str, ...]:
     try:
         backend = load(name)
     except ImportError as error:
-        return (f"it cannot be imported ({error}); install vecattention[{name}]",)
+        return (f"it cannot be imported ({error}); install vecattention[triton]",)
     return backend.why_not(problem)
 
 
@@ -105,6 +106,8 @@ def chunk_for(problem: spec.Problem, asked: int) -> int:
     if not asked:
         budget = WORKSPACE.get(problem.device.type, WORKSPACE["cuda"])
         asked = budget // bytes_per_block(problem) * block
+        tile = POOLED_ROWS * problem.rule.q_pooling_size  # the GPU selection works on whole tiles of pooled rows
+        asked = asked // tile * tile or asked
     return max(block, min(asked, problem.q_len + block - 1) // block * block)
 
 

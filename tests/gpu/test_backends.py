@@ -16,11 +16,13 @@ SHAPES = {
     "prefix": (4, 2, 700, 1300),
     "one row": (2, 1, 1, 300),
     "long": (2, 2, 4096, 4096),
+    "many": (12, 4, 4096, 4000 + 96),  # more blocks than a GPU has multiprocessors
 }
 RULES = [
     {"q_pooling_size": 32, "q_block_size": 128},
     {"q_pooling_size": 64, "q_block_size": 128, "max_scope": "row"},
     {"q_pooling_size": 128, "k_local_size": 64, "group_k_block": 8},
+    {},
 ]
 
 
@@ -52,7 +54,7 @@ def same_sets(a: vecattention.Selection, b: vecattention.Selection) -> None:
     assert differ <= 2e-5 * int(bits.popcount(b.words).sum()) + 1
 
 
-def close(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: vecattention.Selection) -> None:
+def close(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection) -> None:
     """At most twice the error of torch's own attention in the same dtype, both against float64."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -69,11 +71,11 @@ def close(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, s
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rule", RULES, ids=["P32 R128", "P64 R128 row", "P128 B64 G8"])
+@pytest.mark.parametrize("rule", RULES, ids=["P32 R128", "P64 R128 row", "P128 B64 G8", "published"])
 def test_sets_and_outputs(backend: str, rule: dict[str, Any], causal: bool) -> None:
     for shape in SHAPES:
         query, key, value = tensors(shape)
-        threshold = torch.tensor([0.9, 0.2, 0.6, 0.01], device="cuda")[: query.shape[1]]
+        threshold = torch.tensor([0.9, 0.2, 0.6, 0.01] * 3, device="cuda")[: query.shape[1]]
         given = {"threshold": threshold, "causal": causal, **rule}
         selection = vecattention.select(query, key, backend=backend, **given)
         law = vecattention.select(query, key, backend="reference", **given)
@@ -94,11 +96,12 @@ def test_other_heads_and_dtypes(backend: str, dim: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 1.0])
 @pytest.mark.parametrize("causal", [True, False])
-def test_lists_of_any_density(backend: str, density: float, causal: bool) -> None:
+@pytest.mark.parametrize("block", [64, 128])
+def test_lists_of_any_density(backend: str, density: float, causal: bool, block: int) -> None:
     query, key, value = tensors("prefix")
     generator = torch.Generator("cuda").manual_seed(1)
-    kept = torch.rand(1, 4, 6, 1300, device="cuda", generator=generator) < density
-    selection = spec.Selection(bits.pack(kept), 700, 1300, 128, causal)
+    kept = torch.rand(1, 4, -(-700 // block), 1300, device="cuda", generator=generator) < density
+    selection = spec.Selection(bits.pack(kept), 700, 1300, block, causal)
     out, lse = vecattention.attend(query, key, value, selection, backend=backend, return_lse=True)
     close(out, lse, query, key, value, selection)
 

@@ -81,7 +81,7 @@ def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.bfloat16, devic
 
 def lists(case: Case, density: float, kind: str = "random", seed: int = 0, block: int = 128,
           device: str = "cuda") -> Selection:  # fmt: skip
-    """A selection of about this density: "random" single keys, or "clustered" stretches that all blocks of a head share.
+    """A selection of about this density: "random" single keys, or "clustered" stretches that a head's blocks share.
 
     Raises:
         ValueError: another kind.

@@ -14,7 +14,7 @@ HEAD_DIMS = (64, 128)
 
 
 def why_not(problem: spec.Problem) -> tuple[str, ...]:
-    """float16 or bfloat16, head_dim 64 or 128, lists shared by 128 rows, on a device of compute capability 9.0."""
+    """float16 or bfloat16, head_dim 64 or 128, lists of 64 or 128 rows, on a device of compute capability 9.0."""
     rule = problem.rule
     reasons = []
     if problem.device.type != "cuda":
@@ -28,8 +28,8 @@ def why_not(problem: spec.Problem) -> tuple[str, ...]:
         reasons.append(f"it takes float16 and bfloat16, not {problem.dtype}")
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"it takes head_dim 64 and 128, not {problem.head_dim}")
-    if rule.q_block_size != BLOCK:
-        reasons.append(f"it wants lists shared by {BLOCK} rows (q_block_size={BLOCK}), these are {rule.q_block_size}")
+    if rule.q_block_size not in (BLOCK // 2, BLOCK):
+        reasons.append(f"it wants lists of {BLOCK // 2} or {BLOCK} rows (q_block_size), these are {rule.q_block_size}")
     window = rule.k_local_size * rule.group_k_block
     if rule.max_scope == "window" and window % TILE and window < problem.k_len:
         reasons.append(f"it wants windows of a multiple of {TILE} keys, these have {window}")

@@ -4,7 +4,8 @@
     consumer 0 (4 warps)  rows 0..63 of the block:   S = Q K^T, online softmax, O += P V (wgmma)
     consumer 1 (4 warps)  rows 64..127, likewise: both use every row that the loader fetched
 
-Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit. The
+Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit. Lists
+of 64 rows go in pairs (PAIR): the rows of both lists are fetched, and each consumer hides what only the other one lists. The
 loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first loads are
 waited for.
 """
@@ -40,10 +41,9 @@ def _add(a, b):
 
 @gluon.jit
 def _item(item, blocks, heads):
-    """(b, h, g, line) of a work item: heads outermost, the last (in causal mode longest) block first."""
+    """(b, h, bh, g) of a work item: heads outermost, the last (in causal mode longest) block first."""
     bh = item // blocks
-    g = blocks - 1 - item % blocks
-    return bh // heads, bh % heads, g, bh * blocks + g
+    return bh // heads, bh % heads, bh, blocks - 1 - item % blocks
 
 
 @gluon.jit
@@ -56,20 +56,32 @@ def _words(words, first, keys, SEG: gl.constexpr):
 
 
 @gluon.jit
-def _decode(ring, base, word, first, SEG: gl.constexpr, RING: gl.constexpr):
-    """Append the positions of the set bits of SEG words to the ring at ``base``, ascending; their number."""
-    parent: gl.constexpr = gl.BlockedLayout([1, 32], [32, 1], [4, 1], [1, 0])
-    line: gl.constexpr = gl.SliceLayout(1, parent)
+def _sum_and_max(total_a, most_a, total_b, most_b):
+    return total_a + total_b, gl.maximum(most_a, most_b)
+
+
+@gluon.jit
+def _decode(ring, base, mine, other, first, SEG: gl.constexpr, RING: gl.constexpr, PAIR: gl.constexpr):
+    """Append the positions of the set bits of SEG words to the ring at ``base``, ascending; their number.
+
+    Each thread peels the bits of its word one by one, for as many rounds as the fullest word needs. PAIR: of two lists'
+    words; bits 30 and 31 of a position say which of them hold it.
+    """
+    word = mine | other
     count = _popcount(word)
     after = gl.associative_scan(count, 0, _add)
-    total = gl.sum(count, 0)
-    slot = gl.convert_layout(base + after - count, line, assert_trivial=True)[:, None]
-    word = gl.convert_layout(word, line, assert_trivial=True)
-    key = (first + gl.arange(0, SEG, line)) * 32
-    bit = gl.arange(0, 32, gl.SliceLayout(0, parent))
-    earlier = _popcount(word[:, None] & ((1 << bit) - 1)[None, :])
-    kept = ((word[:, None] >> bit[None, :]) & 1) != 0
-    gl.store(ring + ((slot + earlier) & (RING - 1)), key[:, None] + bit[None, :], mask=kept)
+    total, most = gl.reduce((count, count), 0, _sum_and_max)
+    slot = base + after - count
+    key = (first + gl.arange(0, SEG, gl.BlockedLayout([1], [32], [4], [0]))) * 32
+    for _ in range(most):
+        lowest = word & (0 - word)
+        bit = _popcount(lowest - 1)
+        entry = key + bit
+        if PAIR:
+            entry = entry | (((mine >> bit) & 1) << 30) | ((other >> bit) << 31)
+        gl.store(ring + (slot & (RING - 1)), entry, mask=word != 0)
+        word = word ^ lowest
+        slot += 1
     return total
 
 
@@ -86,7 +98,7 @@ def _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDE
            R: gl.constexpr):  # fmt: skip
     """Start copying a consumer's half of the queries of a work item (of any other, when there is none left)."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    b, h, g, line = _item(gl.minimum(item, items - 1), blocks, heads)
+    b, h, bh, g = _item(gl.minimum(item, items - 1), blocks, heads)
     row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     _load(query, Q + b.to(gl.int64) * sqb + h.to(gl.int64) * sqh, gl.minimum(row, q_len - 1), sqn, D, HALF)
     async_copy.commit_group()
@@ -94,9 +106,9 @@ def _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDE
 
 @gluon.jit
 def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS, skb, skh, skn, svb, svh, svn,
-            heads, group, q_len, k_len, width, blocks, items,
+            heads, group, q_len, k_len, width, blocks, lists, items,
             D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
-            RING: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+            RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -104,25 +116,29 @@ def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNT
     base = 0
     tile = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, g, line = _item(item, blocks, heads)
-        count = gl.load(COUNTS + line)
-        words = WORDS + line.to(gl.int64) * width
+        b, h, bh, g = _item(item, blocks, heads)
+        count = gl.load(COUNTS + bh * blocks + g)
+        words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
         k_base = K + b.to(gl.int64) * skb + (h // group).to(gl.int64) * skh
         v_base = V + b.to(gl.int64) * svb + (h // group).to(gl.int64) * svh
         keys = gl.minimum(g * R + R + k_len - q_len, k_len) if CAUSAL else k_len
         filled = 0
         segment = 0
-        ahead = _words(words, 0, keys, SEG)
+        keys_other = gl.where(2 * g + 1 < lists, keys, 0)
+        mine = _words(words, 0, keys, SEG)
+        other = _words(words + width, 0, keys_other, SEG) if PAIR else gl.zeros_like(mine)
         index = gl.zeros([N], gl.int32, flat)
         tiles = gl.maximum((count + N - 1) // N, 1)
         for t in range(-1, tiles):
             need = gl.minimum(t * N + 2 * N, count)
             while filled < need:
-                word = ahead
-                ahead = _words(words, segment + SEG, keys, SEG)
-                filled += _decode(ring, base + filled, word, segment, SEG, RING)
+                now, now_other = mine, other
+                mine = _words(words, segment + SEG, keys, SEG)
+                if PAIR:
+                    other = _words(words + width, segment + SEG, keys_other, SEG)
+                filled += _decode(ring, base + filled, now, now_other, segment, SEG, RING, PAIR)
                 segment += SEG
-            here = gl.convert_layout(index, rows)
+            here = gl.convert_layout(index & 0x3FFFFFFF if PAIR else index, rows)
             gl.thread_barrier()
             slot = gl.minimum(t * N + N + gl.arange(0, N, flat), count - 1)
             index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
@@ -140,21 +156,50 @@ def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNT
 
 
 @gluon.jit
-def _hide(logits, ring, base, t, count, position, N: gl.constexpr, RING: gl.constexpr, CAUSAL: gl.constexpr,
-          ACC: gl.constexpr):  # fmt: skip
+def _below(n):
+    """int32 with the n lowest bits set, 0 <= n <= 32."""
+    return gl.where(n >= 32, -1, (1 << (n & 31)) - 1)
+
+
+@gluon.jit
+def _limits(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
+    """How many entries of the ascending list each row sees: all before the block's own span, then those up to itself."""
+    seen = gl.zeros_like(position)
+    own = gl.zeros_like(position)
+    last = gl.minimum(start + R, k_len)
+    for i in gl.static_range(R // 32 + 1):
+        at = start // 32 + i
+        place = at + gl.zeros_like(position)
+        word = gl.load(words + place, mask=place < width, other=0)
+        if PAIR:
+            word = word | gl.load(words + width + place, mask=(place < width) & pair, other=0)
+        skip = _below(gl.minimum(gl.maximum(start - at * 32, 0), 32))
+        seen += _popcount(word & (_below(gl.minimum(gl.maximum(position + 1 - at * 32, 0), 32)) & ~skip))
+        own += _popcount(word & (_below(gl.minimum(gl.maximum(last - at * 32, 0), 32)) & ~skip))
+    return count - own + seen
+
+
+@gluon.jit
+def _hide(logits, t, limit, N: gl.constexpr, ACC: gl.constexpr):
     """-inf where the tile holds no key, or one after the row's position."""
     slot = t * N + gl.arange(0, N, gl.SliceLayout(0, ACC))
-    shown = (slot < count)[None, :]
-    if CAUSAL:
-        index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot < count, other=0)
-        shown = shown & (index[None, :] <= position[:, None])
-    return gl.where(shown, logits, float("-inf"))
+    return gl.where(slot[None, :] < limit[:, None], logits, float("-inf"))
+
+
+@gluon.jit
+def _unlisted(logits, ring, base, t, count, HALF_INDEX: gl.constexpr, N: gl.constexpr, RING: gl.constexpr,
+              ACC: gl.constexpr):  # fmt: skip
+    """-inf for keys that only the other list of a pair holds."""
+    slot = gl.minimum(t * N + gl.arange(0, N, gl.SliceLayout(0, ACC)), count - 1)
+    entry = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
+    return gl.where((((entry >> (30 + HALF_INDEX)) & 1) != 0)[None, :], logits, float("-inf"))
 
 
 @gluon.jit
 def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-          ring, base, t, count, position, N: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
-          CAUSAL: gl.constexpr, MASK: gl.constexpr, S_ACC: gl.constexpr, O_ACC: gl.constexpr):  # fmt: skip
+          t, limit, ring, base, count, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+          RING: gl.constexpr, PAIR: gl.constexpr, MASK: gl.constexpr, S_ACC: gl.constexpr,
+          O_ACC: gl.constexpr):  # fmt: skip
     """Scores of the tile after ``tile``, then its softmax while the weights of ``tile`` meet their values."""
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     last = tile % STAGES
@@ -167,8 +212,10 @@ def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full,
     mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
     logits = warpgroup_mma_wait(1, deps=(ahead,))
     mbarrier.arrive(k_empty.index(stage))
+    if PAIR:
+        logits = _unlisted(logits, ring, base, t, count, HALF_INDEX, N, RING, S_ACC)
     if MASK:
-        logits = _hide(logits, ring, base, t, count, position, N, RING, CAUSAL, S_ACC)
+        logits = _hide(logits, t, limit, N, S_ACC)
     higher = gl.maximum(top, gl.max(logits, 1) * scale)
     weight = gl.exp2(logits * scale - higher[:, None])
     decay = gl.exp2(top - higher)
@@ -181,9 +228,9 @@ def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full,
 
 @gluon.jit
 def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-              Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
-              D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
-              CAUSAL: gl.constexpr):  # fmt: skip
+              Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, width,
+              blocks, lists, items, scale, D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+              RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     S_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_OP: gl.constexpr = gl.DotOperandLayout(0, O_ACC, 2)
@@ -196,11 +243,15 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
     tile = 0
     _fetch(query, Q, gl.program_id(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, g, line = _item(item, blocks, heads)
-        count = gl.load(COUNTS + line)
+        b, h, bh, g = _item(item, blocks, heads)
+        count = gl.load(COUNTS + bh * blocks + g)
         tiles = gl.maximum((count + N - 1) // N, 1)
         row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_ACC))
-        position = row + (k_len - q_len)
+        limit = gl.zeros_like(row) + count
+        if CAUSAL:
+            start = g * R + k_len - q_len
+            words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
+            limit = _limits(words, width, 2 * g + 1 < lists, count, start, row + (k_len - q_len), k_len, R, PAIR)
 
         async_copy.wait_group(0)
         fence_async_shared()
@@ -210,8 +261,10 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
         fence_async_shared()
         logits = warpgroup_mma(query, k_smem.index(stage).permute((1, 0)), none, use_acc=False)
         mbarrier.arrive(k_empty.index(stage))
+        if PAIR:
+            logits = _unlisted(logits, ring, base, 0, count, HALF_INDEX, N, RING, S_ACC)
         if tiles <= MASKED:
-            logits = _hide(logits, ring, base, 0, count, position, N, RING, CAUSAL, S_ACC)
+            logits = _hide(logits, 0, limit, N, S_ACC)
         top = gl.maximum(gl.max(logits, 1) * scale, NO_KEY)
         weight = gl.exp2(logits * scale - top[:, None])
         total = gl.sum(weight, 1)
@@ -221,12 +274,12 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
         for t in range(1, clear):
             acc, top, total, part = _step(
                 acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-                ring, base, t, count, position, N, STAGES, RING, CAUSAL, False, S_ACC, O_ACC)  # fmt: skip
+                t, limit, ring, base, count, HALF_INDEX, N, STAGES, RING, PAIR, False, S_ACC, O_ACC)  # fmt: skip
             tile += 1
         for t in range(clear, tiles):
             acc, top, total, part = _step(
                 acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-                ring, base, t, count, position, N, STAGES, RING, CAUSAL, True, S_ACC, O_ACC)  # fmt: skip
+                t, limit, ring, base, count, HALF_INDEX, N, STAGES, RING, PAIR, True, S_ACC, O_ACC)  # fmt: skip
             tile += 1
         _fetch(query, Q, item + gl.num_programs(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
         last = tile % STAGES
@@ -253,9 +306,10 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
 @gluon.jit
 def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
                   sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, slb, slh,
-                  heads, group, q_len, k_len, width, blocks, items, scale,
+                  heads, group, q_len, k_len, width, blocks, lists, items, scale,
                   D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
-                  RING: gl.constexpr, CAUSAL: gl.constexpr, CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
+                  RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+                  LOADER_REGS: gl.constexpr):  # fmt: skip
     """out, lse of every block of R rows; a persistent grid of at most one program per SM, `items` = B * H * blocks."""
     dtype: gl.constexpr = K.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], dtype)
@@ -276,14 +330,14 @@ def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
     gl.warp_specialize(
         [
             (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                         Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
-                         D, R, N, STAGES, RING, CAUSAL)),
+                         Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, CAUSAL, PAIR)),
             (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                         Q, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, blocks, items, scale,
-                         D, R, N, STAGES, RING, CAUSAL)),
-            (_loader, (k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS, skb, skh, skn, svb, svh, svn,
-                       heads, group, q_len, k_len, width, blocks, items,
-                       D, R, N, STAGES, SEG, RING, CAUSAL)),
+                         Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, CAUSAL, PAIR)),
+            (_loader, (k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS,
+                       skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
+                       D, R, N, STAGES, SEG, RING, CAUSAL, PAIR)),
         ],
         [4, 4],
         [CONSUMER_REGS, LOADER_REGS],

@@ -57,21 +57,26 @@ def pool_kernel(Q, HIGH, LOW, sqb, sqh, sqn, heads, q_len, pooled_rows, scale, D
 
 
 @triton.jit
-def count_kernel(WORDS, COUNTS, width, blocks, block, q_len, k_len, CAUSAL: tl.constexpr, SIZE: tl.constexpr):
-    """COUNTS[line] = number of keys that one block of queries may see and has listed; grid (B * H * blocks)."""
-    line = tl.program_id(0)
-    keys = tl.minimum((line % blocks + 1) * block + k_len - q_len, k_len) if CAUSAL else k_len
+def count_kernel(WORDS, COUNTS, width, blocks, lists, rows, q_len, k_len, CAUSAL: tl.constexpr, PAIR: tl.constexpr,
+                 SIZE: tl.constexpr):  # fmt: skip
+    """COUNTS = number of keys that 128 rows may see and their list (PAIR: either list) holds; grid (B * H * blocks)."""
+    block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    line = bh * lists + (2 * block if PAIR else block)
+    keys = tl.minimum((block + 1) * rows + k_len - q_len, k_len) if CAUSAL else k_len
     total = tl.zeros([SIZE], tl.int32)
     for first in range(0, tl.cdiv(keys, 32), SIZE):
         at = first + tl.arange(0, SIZE)
-        word = tl.load(WORDS + line.to(tl.int64) * width + at, mask=at * 32 < keys, other=0)
+        place = WORDS + line.to(tl.int64) * width + at
+        word = tl.load(place, mask=at * 32 < keys, other=0)
+        if PAIR:
+            word = word | tl.load(place + width, mask=(at * 32 < keys) & (2 * block + 1 < lists), other=0)
         room = tl.minimum(tl.maximum(keys - at * 32, 0), 32)
         x = tl.where(room < 32, word & ((1 << room) - 1), word)
         x = x - ((x >> 1) & 0x55555555)
         x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
         x = (x + (x >> 4)) & 0x0F0F0F0F
         total += ((x * 0x01010101) >> 24) & 0xFF
-    tl.store(COUNTS + line, tl.sum(total, 0))
+    tl.store(COUNTS + tl.program_id(0), tl.sum(total, 0))
 
 
 def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule,
@@ -114,20 +119,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
     batch, heads, q_len, dim = query.shape
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    words, blocks = selection.words.contiguous(), selection.blocks
+    words, lists, pair = selection.words.contiguous(), selection.blocks, selection.block != BLOCK
+    blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
     programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
     counts = torch.empty(items, dtype=torch.int32, device=query.device)
     rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
     with torch.cuda.device(query.device):
         count_kernel[(items,)](
-            words, counts, words.shape[3], blocks, BLOCK, q_len, selection.k_len, CAUSAL=selection.causal, SIZE=1024
-        )
+            words, counts, words.shape[3], blocks, lists, BLOCK, q_len, selection.k_len, CAUSAL=selection.causal,
+            PAIR=pair, SIZE=1024,
+        )  # fmt: skip
         attend_kernel[(programs,)](
             query, key, value, words, counts, rings, out, lse, *_strides(query), *_strides(key), *_strides(value),
             *_strides(out), *lse.stride()[:2], heads, heads // key.shape[1], q_len, selection.k_len, words.shape[3],
-            blocks, items, scale,
-            D=dim, R=BLOCK, N=shape.step, STAGES=shape.stages, SEG=WORDS, RING=RING, CAUSAL=selection.causal,
+            blocks, lists, items, scale,
+            D=dim, R=BLOCK, N=shape.step, STAGES=shape.stages, SEG=WORDS, RING=RING, CAUSAL=selection.causal, PAIR=pair,
             CONSUMER_REGS=shape.consumer_registers, LOADER_REGS=shape.loader_registers, num_warps=4,
             maxnreg=REGISTERS,
         )  # fmt: skip

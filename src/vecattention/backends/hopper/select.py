@@ -63,11 +63,19 @@ def _running(tops, STEPS: gl.constexpr):
 
 @gluon.jit
 def _words(kept, N: gl.constexpr, SHARE: gl.constexpr):
-    """bool [64, N] -> int32 words [64 // SHARE, N // 32] of the union over SHARE neighbouring rows."""
-    cube = gl.reshape(kept.to(gl.int32), (HALF, N // 32, 32))
-    layout: gl.constexpr = cube.type.layout
-    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
-    words = gl.sum(cube << bit, 2)
+    """bool [64, N] -> int32 words [64 // SHARE, N // 32] of the union over SHARE neighbouring rows.
+
+    Bit 8 o + 2 q + c of a word: a thread holds all o and c for its own q, so that their weights are constants.
+    """
+    cells = gl.reshape(kept, (HALF, N // 32, 4, 4, 2))
+    L4: gl.constexpr = gl.SliceLayout(4, cells.type.layout)
+    L3: gl.constexpr = gl.SliceLayout(3, L4)
+    octet = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, :][:, None, :][:, :, :, None][:, :, :, :, None]
+    P1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(1, cells.type.layout)))
+    pair = gl.arange(0, 2, gl.SliceLayout(0, P1))[None, :][:, None, :][:, None, :, :][:, None, :, :, :]
+    own = gl.sum(gl.sum(gl.where(cells, 1 << (8 * octet + pair), 0), 4), 2)
+    quad = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, own.type.layout)))[None, :][:, None, :]
+    words = gl.sum(own << (2 * quad), 2)
     if SHARE > 1:
         words = gl.reduce_or(gl.reshape(words, (HALF // SHARE, SHARE, N // 32)), 1)
     return words
@@ -83,6 +91,62 @@ def _candidates(row_start, key, k_len, P: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def _start(high, low, k_smem, k_full, tile, more, N: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr):
+    """Start the scores of a tile, once its keys are there (without ``more`` there is none: nothing will be read)."""
+    none = gl.zeros([HALF, N], gl.float32, ACC)
+    mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1, pred=more)
+    fence_async_shared()
+    keys = k_smem.index(tile % STAGES).permute((1, 0))
+    scores = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
+    return warpgroup_mma(low, keys, scores, is_async=True)
+
+
+@gluon.jit
+def _cut(scores, top, first, window, B: gl.constexpr, N: gl.constexpr):
+    """(running maximum [64, N // B] of the windows, what it is after the last tile [64])."""
+    STEPS: gl.constexpr = 3 if N // B == 8 else (2 if N // B == 4 else (1 if N // B == 2 else 0))
+    tops = _running(gl.max(gl.reshape(scores, (HALF, N // B, B)), 2), STEPS)
+    carry = gl.where(first % window == 0, float("-inf"), top)
+    tops = gl.maximum(tops, gl.convert_layout(carry, gl.SliceLayout(1, tops.type.layout))[:, None])
+    return tops, gl.convert_layout(gl.max(tops, 1), top.type.layout)
+
+
+@gluon.jit
+def _step(scores, top, first, hi, tile, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
+          alpha, row_start, k_len, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
+          STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
+          EDGE: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate."""
+    ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
+    key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
+    if EDGE:
+        scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL), scores, float("-inf"))
+    if MAXIMA:
+        top = gl.maximum(top, gl.max(scores, 1))
+    else:
+        if ROW_SCOPE:
+            kept = scores + alpha >= top[:, None]
+        else:
+            tops, top = _cut(scores, top, first, window, B, N)
+            passes = gl.reshape(scores, (HALF, N // B, B)) + alpha >= tops[:, :, None]
+            kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
+        if EDGE:
+            kept = kept & (scores > float("-inf"))
+            if CAUSAL:
+                own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
+                kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
+        words = _words(kept, N, SHARE)
+        block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
+        at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, words.type.layout))
+        place = words_base + ((block.to(gl.int64) * width)[:, None] + at[None, :])
+        gl.store(place, words, mask=(block < blocks)[:, None] & (at < width)[None, :])
+    # Waited for here, not in the next round: scores in flight must not be carried around a loop.
+    scores = warpgroup_mma_wait(0, deps=(ahead,))
+    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < hi)
+    return scores, top
+
+
+@gluon.jit
 def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row, segment,
               segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
               D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
@@ -90,75 +154,45 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    TILES: gl.constexpr = N // B
-    STEPS: gl.constexpr = 0 if TILES == 1 else (1 if TILES == 2 else (2 if TILES == 4 else 3))
     first_row = tile_row * 2 * HALF + HALF_INDEX * HALF
     source = gl.minimum(first_row + gl.arange(0, HALF, gl.SliceLayout(1, wide)), pooled_rows - 1)
     line = bh.to(gl.int64) * pooled_rows
-    _copy(q_smem.index(2 * HALF_INDEX), HIGH + line * D, source, D, D)
-    _copy(q_smem.index(2 * HALF_INDEX + 1), LOW + line * D, source, D, D)
+    high, low = q_smem.index(2 * HALF_INDEX), q_smem.index(2 * HALF_INDEX + 1)
+    _copy(high, HIGH + line * D, source, D, D)
+    _copy(low, LOW + line * D, source, D, D)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
     gl.thread_barrier()
-    high, low = q_smem.index(2 * HALF_INDEX), q_smem.index(2 * HALF_INDEX + 1)
 
     row = first_row + gl.arange(0, HALF, ROWS)
     row_start = row * P + offset
-    none = gl.zeros([HALF, N], gl.float32, ACC)
     top = gl.full([HALF], float("-inf"), gl.float32, ROWS)
     if ROW_SCOPE and not MAXIMA:
-        top = gl.load(TOPS + line + row, mask=row < pooled_rows, other=float("inf"))
-    mbarrier.wait(k_full.index(0), 0)
-    fence_async_shared()
-    keys = k_smem.index(0).permute((1, 0))
-    ahead = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
-    ahead = warpgroup_mma(low, keys, ahead, is_async=True)
-    tile = 0
-    for first in range(lo, hi, N):
-        scores = warpgroup_mma_wait(0, deps=(ahead,))
-        mbarrier.arrive(k_empty.index(tile % STAGES))
-        tile += 1
-        if first + N < hi:
-            mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)
-        fence_async_shared()
-        keys = k_smem.index(tile % STAGES).permute((1, 0))
-        ahead = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
-        ahead = warpgroup_mma(low, keys, ahead, is_async=True)
-        key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
-        edge = first + N > k_len
-        if CAUSAL:
-            edge = edge | (first < P) | (first + N > first_row * P + offset)
-        if edge:
-            scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL), scores, float("-inf"))
-        if MAXIMA:
-            top = gl.maximum(top, gl.max(scores, 1))
-        else:
-            if ROW_SCOPE:
-                kept = (scores + alpha >= top[:, None]) & (scores > float("-inf"))
-            else:
-                cube = gl.reshape(scores, (HALF, TILES, B))
-                tops = _running(gl.max(cube, 2), STEPS)
-                fresh = first % window == 0
-                carry = gl.convert_layout(gl.where(fresh, float("-inf"), top), gl.SliceLayout(1, tops.type.layout))
-                tops = gl.maximum(tops, carry[:, None])
-                top = gl.convert_layout(gl.max(tops, 1), ROWS)
-                passes = (cube + alpha >= tops[:, :, None]) & (cube > float("-inf"))
-                kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
-            if CAUSAL:
-                if edge:
-                    own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
-                    kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
-            kept = kept & (row < pooled_rows)[:, None]
-            words = _words(kept, N, SHARE)
-            place: gl.constexpr = words.type.layout
-            block = first_row // SHARE + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, place))
-            at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, place))
-            spot = (bh.to(gl.int64) * blocks + block.to(gl.int64)) * width
-            gl.store(
-                WORDS + (spot[:, None] + at[None, :]), words, mask=(block < blocks)[:, None] & (at < width)[None, :]
-            )
-    last = warpgroup_mma_wait(0, deps=(ahead,))
+        top = gl.load(TOPS + line + gl.minimum(row, pooled_rows - 1))
+    words_base = WORDS + bh.to(gl.int64) * blocks * width
+    first_block = first_row // SHARE
+
+    # The first and the last tiles hold keys that are no candidates; between them nothing needs a look.
+    tiles = (hi - lo + N - 1) // N
+    sink = gl.minimum(1, tiles) if lo < P and CAUSAL else 0
+    border = gl.minimum(first_row * P + offset, k_len) if CAUSAL else k_len
+    clear = gl.minimum(gl.maximum((border - lo) // N, sink), tiles)
+    ahead = _start(high, low, k_smem, k_full, 0, True, N, STAGES, ACC)
+    scores = warpgroup_mma_wait(0, deps=(ahead,))
+    mbarrier.arrive(k_empty.index(0))
+    for t in range(0, sink):
+        scores, top = _step(
+            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
+            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True, ACC)  # fmt: skip
+    for t in range(sink, clear):
+        scores, top = _step(
+            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
+            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, False, ACC)  # fmt: skip
+    for t in range(clear, tiles):
+        scores, top = _step(
+            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
+            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True, ACC)  # fmt: skip
     if MAXIMA:
         gl.store(TOPS + (line + row) * segments + segment, top, mask=row < pooled_rows)
 

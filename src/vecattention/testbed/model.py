@@ -75,8 +75,9 @@ def build(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config())
-    return model.float()
+        model: Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLForConditionalGeneration(config())
+    torch.nn.Module.float(model)
+    return model
 
 
 def processor() -> Qwen2_5_VLProcessor:

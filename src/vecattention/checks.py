@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from vecattention import spec
+from vecattention import bits, spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POOLING_SIZES = (16, 32, 64, 128)
@@ -192,12 +192,26 @@ def selection(value: spec.Selection, query: Tensor, key: Tensor) -> None:
         raise ValueError(
             f"selection is for (B, H, Sq, Sk) = {got}, wanted {wanted} of query and key; select again for these tensors"
         )
+    _words(value)
     if value.words.device != query.device:
         raise ValueError(
             f"selection is on {value.words.device}, wanted {query.device} like query; select on the same device"
         )
     if value.order is not None:
         _order(value.order, value)
+
+
+def _words(selection: spec.Selection) -> None:
+    block = _integer("selection.block", selection.block)
+    if block < 1:
+        raise ValueError(f"selection.block is {block}, wanted at least 1 row; make a selection with select(query, key)")
+    words = selection.words
+    wanted = (*words.shape[:2], selection.blocks, bits.words_for(selection.k_len))
+    if words.dtype != torch.int32 or tuple(words.shape) != wanted:
+        raise ValueError(
+            f"selection.words is {words.dtype} {_shape(words)}, wanted torch.int32 {wanted} = [B, H, ceil(Sq / block), "
+            "ceil(Sk / 32)]; make a selection with select(query, key)"
+        )
 
 
 def _order(order: Tensor, selection: spec.Selection) -> None:

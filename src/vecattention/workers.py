@@ -72,7 +72,10 @@ class _Crew:
     def _work(self) -> None:
         torch.get_num_threads()  # the first question in a thread sets its count; only then does the next line last
         torch.set_num_threads(1)
-        self._ready.wait()
+        try:
+            self._ready.wait()
+        except threading.BrokenBarrierError:
+            return
         try:
             with torch.inference_mode(self._inference), torch.no_grad():
                 while (piece := self._next()) is not None:

@@ -110,7 +110,7 @@ def _show(outcome: Outcome) -> None:
 
     written = write(outcome)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print()
+    console.print(f"\n{table.heading(outcome)}\n", markup=False)
     console.print(table.figures(outcome))
     if outcome.settings.video is None:
         console.print(table.depths(outcome))

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vecattention.demo import ask
 from vecattention.demo.results import Row, by_depth
 from vecattention.demo.run import Outcome
+
+
+def heading(outcome: Outcome) -> str:
+    """What ran where, and by which rule: two lines."""
+    asked, rule = outcome.settings, outcome.settings.rule
+    model = asked.model.name if asked.model is not None else "the small trained Qwen2.5-VL"
+    threads = torch.get_num_threads()
+    cpu = f"{threads} CPU thread{'s' * (threads > 1)}"
+    place = cpu if asked.device == "cpu" else torch.cuda.get_device_name()
+    sizes = f"threshold {rule['threshold']}, blocks of {rule['q_block_size'] or rule['q_pooling_size']} queries"
+    return f"{model}, {asked.dtype}, {place}\n{ask.SPARSE}: {sizes}, {rule['max_scope']} rule, text rows dense"
 
 
 def figures(outcome: Outcome) -> Table:

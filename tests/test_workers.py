@@ -83,7 +83,9 @@ def test_pieces_follow_the_inference_mode_of_the_caller() -> None:
     for wanted in (False, True):
         seen: list[tuple[bool, bool]] = []
         with torch.inference_mode(wanted):
-            workers.run([lambda: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))] * 2)
+            workers.run(
+                [lambda seen=seen: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))] * 2
+            )
         assert {mode for mode, _ in seen} == {wanted}
 
 

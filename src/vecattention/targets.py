@@ -51,14 +51,16 @@ def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.
         float32 [B, H], to be used as the alpha of a selection.
     """
     taken = histogram(query, key, kind, rule)
-    wanted = target.to(query.device, torch.float64)
     if target.ndim == 0:
         taken = taken.sum(1, keepdim=True)
     total = taken.sum(-1)
     if kind == "density":
         heads = query.shape[1] if target.ndim == 0 else 1
         total = total.new_full(total.shape, heads * spec.allowed_pairs(query.shape[2], key.shape[2], rule.causal))
-    needed = wanted.expand(taken.shape[:2]) * total
+    if target.ndim == 0 and target.device.type == "cpu":  # nothing to copy to the device: a graph can capture it
+        needed = total.double() * float(target)
+    else:
+        needed = total * target.double().to(query.device, non_blocking=True).expand(total.shape)
     last = (taken.cumsum(-1) < needed[..., None]).sum(-1)
     return upper_edge(last - 1).expand(query.shape[:2])
 

@@ -42,6 +42,18 @@ def test_sparse_mode_leaves_keys_out_and_repeats_itself(case) -> None:
     assert not torch.equal(made[0], stock)
 
 
+@pytest.mark.parametrize(("target", "least", "most"), [({"density": 0.3}, 0.25, 0.35), ({"coverage": 0.5}, 0.05, 0.6)])
+def test_a_density_or_a_coverage_instead_of_a_threshold(case, target, least, most) -> None:
+    pipe, generate, _ = case
+    with vecattention.apply(pipe, dense_steps=0, q_pooling_size=16, **target) as run:
+        generate(pipe)
+    assert least < run.stats.sparse_density.mean() < most
+    per_head = {name: torch.tensor([value, 1.0]) for name, value in target.items()}
+    with vecattention.apply(pipe, dense_steps=0, q_pooling_size=16, **per_head) as run:
+        generate(pipe)
+    assert (run.stats.sparse_density[:, 1] > 0.98).all() and (run.stats.sparse_density[:, 0] < 0.9).all()
+
+
 def test_backends_agree(case) -> None:
     pipe, generate, _ = case
     made = []

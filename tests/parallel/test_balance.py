@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import vecattention
 from vecattention import bits
-from vecattention.integrations.context_parallel import columns, head_order, imbalance, merge
+from vecattention.integrations.context_parallel import head_order, imbalance
+from vecattention.integrations.ring import columns, merge
 
 
 @settings(max_examples=60, deadline=None)

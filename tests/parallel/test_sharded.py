@@ -16,6 +16,7 @@ ROUNDING = 2e-6  # float32; values of order 1
     ((2, 8, 4, 200, 200), None, {"threshold": 0.3, "causal": True}),
     ((1, 4, 4, 128, 300), None, {"threshold": torch.tensor([0.1, 0.3, 0.6, 0.9])}),
     ((2, 4, 4, 152, 152), None, {"threshold": torch.rand(2, 4) * 0.8 + 0.1, "order": torch.tensor([1, 3, 0, 2])}),
+    ((1, 4, 4, 152, 152), None, {"density": torch.tensor([0.1, 0.3, 0.6, 0.9]), "order": torch.tensor([1, 3, 0, 2])}),
     ((1, 8, 4, 152, 152), None, {"order": torch.tensor([3, 2, 1, 0]), "q_block_size": 32, "max_scope": "row"}),
 ])  # fmt: skip
 def test_ulysses_equals_one_process_bit_for_bit(pools, ranks, shape, lengths, arguments) -> None:

@@ -40,6 +40,7 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
     Args:
         model_or_pipeline: a model of transformers or diffusers, a pipeline of one, or a module that wraps one.
         threshold: as in `vecattention.select`, for every layer; 0.9 when neither this nor a table is given.
+        coverage, density: diffusers only, instead of a threshold: as in `vecattention.select`.
         table: a `ThresholdTable`, instead; its settings are used, and others are refused.
         q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
             `vecattention.vec_attention`.

@@ -23,18 +23,11 @@ from vecattention import ops
 from vecattention.integrations import exchange
 from vecattention.integrations.balance import divides, head_order, imbalance
 from vecattention.integrations.exchange import Group
-from vecattention.integrations.ring import columns, counted_ring, merge
+from vecattention.integrations.ring import counted_ring
 
-__all__ = [
-    "Groups",
-    "columns",
-    "head_order",
-    "imbalance",
-    "merge",
-    "parallel_attention",
-    "ring_attention",
-    "ulysses_attention",
-]
+__all__ = ["Groups", "head_order", "imbalance", "parallel_attention", "ring_attention", "ulysses_attention"]
+
+TARGETS = ("threshold", "coverage", "density")
 
 
 @dataclass(frozen=True)
@@ -145,10 +138,10 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, group: Group, ring: Grou
             "head_order(cost, ranks)"
         )
     order = None if kv_order is None else _query_heads(kv_order, heads // kv_heads)
-    limit = _own_heads(arguments.get("threshold", 0.9), heads, order, group)
+    given: dict[str, Any] = {}
+    given |= {name: _own_heads(x, heads, order, group) if name in TARGETS else x for name, x in arguments.items()}
     q = exchange.heads_apart(query, rows, order, group)
     k, v = (exchange.heads_apart(x, keys, kv_order, group) for x in (key, value))
-    given = {"threshold": limit, **{name: x for name, x in arguments.items() if name != "threshold"}}
     out, lse, kept = ops.counted(q, k, v, **given) if ring is None else counted_ring(q, k, v, ring, None, given)
     out = exchange.heads_together(out, rows, order, group)
     lse = exchange.heads_together(lse[..., None], rows, order, group).squeeze(-1)
@@ -159,9 +152,9 @@ def _query_heads(order: Tensor, share: int) -> Tensor:
     return (order[:, None] * share + torch.arange(share, device=order.device)).flatten()
 
 
-def _own_heads(threshold: float | Tensor, heads: int, order: Tensor | None, group: Group) -> float | Tensor:
-    """The thresholds of the heads that this rank computes."""
-    if not isinstance(threshold, Tensor) or threshold.ndim == 0 or threshold.shape[-1] != heads or heads == 1:
-        return threshold
-    dealt = threshold if order is None else threshold.to(order.device).index_select(-1, order)
+def _own_heads(limit: float | Tensor, heads: int, order: Tensor | None, group: Group) -> float | Tensor:
+    """The thresholds, coverages or densities of the heads that this rank computes."""
+    if not isinstance(limit, Tensor) or limit.ndim == 0 or limit.shape[-1] != heads or heads == 1:
+        return limit
+    dealt = limit if order is None else limit.to(order.device).index_select(-1, order)
     return dealt.tensor_split(exchange.size_of(group), -1)[dist.get_rank(group)]

@@ -26,6 +26,8 @@ def apply(
     model: object,
     *,
     threshold: float | Tensor | None = None,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     table: ThresholdTable | None = None,
     dense_steps: int | float = 0.06,
     dense_layers: int | float = 0,
@@ -48,10 +50,10 @@ def apply(
         family = family_of(transformer)
         settings[name] = dit_settings_of(
             layers=len(family.names(transformer.config)) if family else 0,
-            heads=transformer.config.num_attention_heads, threshold=threshold, table=table, dense_steps=dense_steps,
-            dense_layers=dense_layers, q_pooling_size=q_pooling_size, q_block_size=q_block_size,
-            k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope, chunk_size=chunk_size,
-            backend=backend, min_length=min_length,
+            heads=transformer.config.num_attention_heads, threshold=threshold, coverage=coverage, density=density,
+            table=table, dense_steps=dense_steps, dense_layers=dense_layers, q_pooling_size=q_pooling_size,
+            q_block_size=q_block_size, k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope,
+            chunk_size=chunk_size, backend=backend, min_length=min_length,
         )  # fmt: skip
     whole = model if isinstance(getattr(model, "components", None), dict) else None
     run = Run(settings, Clock(whole), balance_heads)

@@ -39,7 +39,7 @@ class Orders:
 
     Attributes:
         sparse: whether to be sparse; else the stock processor answers.
-        limit: thresholds [], [H] or [B, H].
+        limit: thresholds, coverages or densities, [], [H] or [B, H].
         kept: int64 [H], where pairs that sparse rows attend are counted.
         numbers: int64 [5], counts of one head in the order of `tally`.
         order: int64 [H], how heads are dealt to ranks, or None.
@@ -64,10 +64,12 @@ class Way:
 
     Attributes:
         settings: rule, backend, chunk_size and min_length.
+        kind: what the limits in orders are: "threshold", "coverage" or "density".
         note: takes the reason of a call that stays dense against orders.
     """
 
     settings: Settings
+    kind: str = "threshold"
     note: Callable[[str], None] = field(default=lambda reason: None)
 
 
@@ -160,8 +162,8 @@ class SparseProcessor(nn.Module):
         settings = way.settings
         out, _, kept = parallel_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=groups,
-            order=orders.order, threshold=orders.limit.to(query.device), causal=False,
-            chunk_size=settings.chunk_size, backend=settings.backend, **settings.rule,
+            order=orders.order, causal=False, chunk_size=settings.chunk_size,
+            backend=settings.backend, **{way.kind: orders.limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         return out.transpose(1, 2), kept.sum(0)
 
@@ -267,8 +269,8 @@ class HunyuanVideoProcessor(SparseProcessor):
         settings = way.settings
         out, _, kept = parallel_attention(
             query[:, :video].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=Groups(),
-            threshold=limit.to(query.device), causal=False, chunk_size=settings.chunk_size, backend=settings.backend,
-            **settings.rule,
+            causal=False, chunk_size=settings.chunk_size, backend=settings.backend,
+            **{way.kind: limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         shown = out.transpose(1, 2)
         if query.shape[1] == video:

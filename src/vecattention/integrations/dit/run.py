@@ -65,7 +65,7 @@ class Run:
 
     def way(self, name: str) -> Way:
         """How the layers of a transformer attend in this run."""
-        return Way(self.settings[name].base, self.note)
+        return Way(self.settings[name].base, self.settings[name].kind, self.note)
 
     def complete(self, place: Place) -> Place:
         """The place, with what the pipeline's scheduler knows of it."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vecattention import checks
 from vecattention.integrations.settings import PUBLISHED_THRESHOLD, Settings, settings_of
 from vecattention.integrations.steps import Place, Schedule, schedule_of
 from vecattention.thresholds import BRANCHES, SETTINGS, ThresholdTable
@@ -18,13 +19,17 @@ class DitSettings:
     """The arguments of `vecattention.apply` for one transformer, checked and completed.
 
     Attributes:
-        base: rule, backend, chunk_size, min_length, and the threshold where there is no table.
+        base: rule, backend, chunk_size and min_length.
         schedule: which steps and layers stay dense.
+        kind: what ``limit`` is: "threshold", "coverage" or "density".
+        limit: [], [H] or [B, H], for every layer; None where there is a table.
         table: thresholds by layer and head, or None.
     """
 
     base: Settings
     schedule: Schedule
+    kind: str = "threshold"
+    limit: Tensor | None = None
     table: ThresholdTable | None = None
 
     @property
@@ -33,11 +38,9 @@ class DitSettings:
         return isinstance(self.schedule.dense_steps, float) and self.schedule.dense_steps == 1.0
 
     def rows(self, branch: str | None, layers: int) -> list[Tensor]:
-        """Thresholds of each layer, float64 [] or [H] or [B, H], for a guidance branch."""
-        if self.table is None:
-            limit = self.base.limit
-            one = torch.tensor(PUBLISHED_THRESHOLD, dtype=torch.float64) if limit is None else limit
-            return [one] * layers
+        """The limits of each layer, [] or [H] or [B, H], for a guidance branch."""
+        if self.table is None or self.limit is not None:
+            return [self.limit if self.limit is not None else torch.tensor(PUBLISHED_THRESHOLD)] * layers
         if branch is None:
             branch = "cond"  # `check_branch` allows it only where the table and the pipeline have one branch
         return [self.table.row(layer, branch) for layer in range(layers)]
@@ -71,6 +74,8 @@ def dit_settings_of(
     layers: int,
     heads: int,
     threshold: float | Tensor | None = None,
+    coverage: float | Tensor | None = None,
+    density: float | Tensor | None = None,
     table: ThresholdTable | None = None,
     dense_steps: int | float = 0.06,
     dense_layers: int | float = 0,
@@ -91,12 +96,28 @@ def dit_settings_of(
             raise TypeError(
                 f"table is a {type(table).__name__}, wanted a ThresholdTable; pass ThresholdTable.load(path)"
             )
-        if threshold is not None:
-            raise ValueError(f"threshold is {threshold!r} beside a table, wanted one of the two; leave threshold out")
+        for name, value in (("threshold", threshold), ("coverage", coverage), ("density", density)):
+            if value is not None:
+                raise ValueError(f"{name} is {value!r} beside a table, wanted one of the two; leave {name} out")
         table.check(layers, heads, causal=False, **asked)
         asked = {name: getattr(table, name) for name in SETTINGS if name != "causal"}
     base = settings_of(
-        layers=layers, heads=heads, threshold=threshold, chunk_size=chunk_size, backend=backend,
+        layers=layers, heads=heads, chunk_size=chunk_size, backend=backend,
         min_length=0 if min_length is None else min_length, **asked,
     )  # fmt: skip
-    return DitSettings(base, schedule, table)
+    if table is not None:
+        return DitSettings(base, schedule, table=table)
+    return DitSettings(base, schedule, *_target(threshold, coverage, density, heads))
+
+
+def _target(
+    threshold: float | Tensor | None, coverage: float | Tensor | None, density: float | Tensor | None, heads: int
+) -> tuple[str, Tensor]:
+    """The kind of limit and its value, checked as far as it can be before the batch is known."""
+    given = PUBLISHED_THRESHOLD if threshold is None else threshold
+    shaped = next((x for x in (coverage, density, given) if isinstance(x, Tensor) and x.ndim == 2), None)
+    batch = 1 if shaped is None else int(shaped.shape[0])
+    kind, limit = checks.target(given, coverage, density, batch, heads)
+    if limit.device.type == "cpu":
+        checks.values(limit, kind)
+    return kind, limit

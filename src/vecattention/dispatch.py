@@ -12,7 +12,7 @@ from vecattention import bits, spec
 
 BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
 POOLED_ROWS = 128
-WORKSPACE = {"cpu": 8 * 2**20, "cuda": 48 * 2**20}  # bytes of bits that a chunk of queries may hold
+WORKSPACE = {"cpu": 8 * 2**20, "cuda": 40 * 2**20}  # bytes of bits that a chunk of queries may hold
 
 
 class Backend(Protocol):

@@ -299,6 +299,7 @@ def _vec_attention(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kin
             chosen.attend(q, k, v, selection, scale, out[:, :, rows], lse[:, :, rows])
             if count:
                 kept += selection.kept_pairs()
+            del selection  # so that two chunks' bits are never held at once
     return out, lse, kept
 
 

@@ -1,13 +1,13 @@
 """Exact softmax attention over selected keys on Hopper: one CTA per SM, a team of three roles.
 
-    loader     (4 warps)  bits -> positions in a ring (global memory, stays in L2), rows of K and V -> shared memory (cp.async)
+    loader     (4 warps)  bits -> positions in a ring (in L2), rows of K and V -> shared memory (cp.async)
     consumer 0 (4 warps)  rows 0..63 of the block:   S = Q K^T, online softmax, O += P V (wgmma)
     consumer 1 (4 warps)  rows 64..127, likewise: both use every row that the loader fetched
 
-Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit. Lists
-of 64 rows go in pairs (PAIR): the rows of both lists are fetched, and each consumer hides what only the other one lists. The
-loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first loads are
-waited for.
+Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit.
+Lists of 64 rows go in pairs (PAIR): the rows of both are fetched, and each consumer hides what only the other one lists.
+The loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first
+loads are waited for.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _below(n):
 
 @gluon.jit
 def _limits(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
-    """How many entries of the ascending list each row sees: all before the block's own span, then those up to itself."""
+    """How many entries of the ascending list each row sees: all before the block's span, then those up to itself."""
     seen = gl.zeros_like(position)
     own = gl.zeros_like(position)
     last = gl.minimum(start + R, k_len)

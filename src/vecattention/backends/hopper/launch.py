@@ -22,7 +22,7 @@ REGISTERS = 168  # per thread before the roles take their shares: 384 threads fi
 
 @dataclass(frozen=True)
 class AttendShape:
-    """Keys per tile, tiles in flight, registers of a consumer's and of the loader's thread, programs (None: one per SM)."""
+    """Keys per tile, tiles in flight, registers of a consumer's and the loader's thread, programs (None: one an SM)."""
 
     step: int = 128
     stages: int = 3
@@ -154,7 +154,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The tensor itself where 16-byte copies and 32-bit row offsets can read it, which is so for whole rows of heads."""
+    """The tensor itself where 16-byte copies and 32-bit row offsets can read it, as they can the usual layouts."""
     fits = (x.shape[2] - 1) * x.stride(2) + x.shape[3] < 2**31
     whole = x.stride(3) == 1 and all(s % 16 == 0 for s in _strides(x)) and x.data_ptr() % 16 == 0
     return x if fits and whole else x.contiguous()

@@ -70,7 +70,8 @@ def _words(kept, N: gl.constexpr, SHARE: gl.constexpr):
     cells = gl.reshape(kept, (HALF, N // 32, 4, 4, 2))
     L4: gl.constexpr = gl.SliceLayout(4, cells.type.layout)
     L3: gl.constexpr = gl.SliceLayout(3, L4)
-    octet = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, :][:, None, :][:, :, :, None][:, :, :, :, None]
+    octet = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, :][:, None, :]
+    octet = octet[:, :, :, None][:, :, :, :, None]
     P1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(1, cells.type.layout)))
     pair = gl.arange(0, 2, gl.SliceLayout(0, P1))[None, :][:, None, :][:, None, :, :][:, None, :, :, :]
     own = gl.sum(gl.sum(gl.where(cells, 1 << (8 * octet + pair), 0), 4), 2)

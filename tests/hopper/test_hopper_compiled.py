@@ -1,0 +1,114 @@
+"""The Hopper kernels as they ship, compiled for sm_90 without a GPU: spills, instructions, no serialised products."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+gluon = pytest.importorskip("triton.experimental.gluon._runtime", reason="this Triton has no Gluon")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from vecattention.backends.hopper import launch  # noqa: E402
+from vecattention.backends.hopper.attend import attend_kernel  # noqa: E402
+from vecattention.backends.hopper.select import select_kernel  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HALVES = ("Q", "K", "V", "OUT", "HIGH", "LOW")
+WORDS = ("WORDS", "COUNTS", "RINGS")
+FLOATS = ("LSE", "ALPHA", "TOPS")
+
+
+def build(kernel: Any, constants: dict[str, Any], dtype: str, tmp_path: Path) -> tuple[str, str]:
+    """(what the assembler says, the disassembly) of a kernel with these constants."""
+    names = kernel.arg_names
+    kinds = {}
+    for name in names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in HALVES:
+            kinds[name] = f"*{dtype}"
+        elif name in WORDS:
+            kinds[name] = "*i32"
+        elif name in FLOATS:
+            kinds[name] = "*fp32"
+        else:
+            kinds[name] = "fp32" if name == "scale" else "i32"
+    whole = [i for i, n in enumerate(names) if kinds[n][0] == "*" or n[:2] in ("sq", "sk", "sv", "so") or n == "span"]
+    source = gluon.GluonASTSource(
+        kernel,
+        kinds,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in whole},
+    )
+    built = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": launch.REGISTERS}
+    )
+    assert built.metadata.shared <= 232_448, "more shared memory than a multiprocessor gives a block"
+    text, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    text.write_text(built.asm["ptx"])
+    said = subprocess.run(
+        [TOOLS / "ptxas", "-arch=sm_90a", "-v", text, "-o", binary], capture_output=True, text=True, check=True
+    )
+    shown = subprocess.run([TOOLS / "cuobjdump", "-sass", binary], capture_output=True, text=True, check=True)
+    return said.stderr + said.stdout, shown.stdout
+
+
+def spilled(said: str) -> int:
+    line = next(line for line in said.splitlines() if "spill stores" in line)
+    return int(line.split(" bytes spill stores")[0].split()[-1])
+
+
+def attend_constants(causal: bool, pair: bool, dim: int) -> dict[str, Any]:
+    shape = launch.AttendShape()
+    return {
+        "D": dim, "R": launch.BLOCK, "N": shape.step, "STAGES": shape.stages, "SEG": launch.WORDS, "RING": launch.RING,
+        "CAUSAL": causal, "PAIR": pair, "CONSUMER_REGS": shape.consumer_registers,
+        "LOADER_REGS": shape.loader_registers,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dim, dtype", [(128, "bf16"), (64, "fp16")])
+def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tmp_path: Path) -> None:
+    said, shown = build(attend_kernel, attend_constants(causal, False, dim), dtype, tmp_path)
+    assert "serialized" not in said
+    assert spilled(said) <= 8, "a scalar of a work item at most, nothing of the main loop"
+    assert shown.count("HGMMA") >= 2 * 3 * (dim // 16 + 8), "three products of two consumers, unrolled"
+    assert "LDGSTS.E.BYPASS.128" in shown and "USETMAXREG" in shown
+    assert "HMMA.16" not in shown.replace("HGMMA", "")
+
+
+@pytest.mark.parametrize("causal, most", [(True, 640), (False, 64)])
+def test_attention_over_pairs_of_lists(causal: bool, most: int, tmp_path: Path) -> None:
+    said, shown = build(attend_kernel, attend_constants(causal, True, 128), "bf16", tmp_path)
+    assert "serialized" not in said
+    assert spilled(said) <= most
+    assert "HGMMA" in shown
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"P": 32, "SHARE": 4},
+        {"P": 64, "SHARE": 1},
+        {"P": 64, "SHARE": 2, "ROW_SCOPE": True},
+        {"P": 64, "SHARE": 2, "ROW_SCOPE": True, "MAXIMA": True},
+        {"P": 128, "SHARE": 1, "B": 128, "CAUSAL": False},
+    ],
+    ids=["P32 R128", "P64 R64", "row", "row maxima", "P128 B128"],
+)
+def test_selection(given: dict[str, Any], tmp_path: Path) -> None:
+    shape = launch.SelectShape()
+    constants = {
+        "D": 128, "B": 16, "N": launch.TILE, "STAGES": shape.stages, "ROW_SCOPE": False, "CAUSAL": True,
+        "MAXIMA": False, "CONSUMER_REGS": shape.consumer_registers, "LOADER_REGS": shape.loader_registers,
+    } | given  # fmt: skip
+    said, shown = build(select_kernel, constants, "bf16", tmp_path)
+    assert "serialized" not in said
+    assert spilled(said) == 0
+    assert "HGMMA" in shown and "LDGSTS.E.BYPASS.128" in shown

@@ -53,7 +53,7 @@ class Batch:
 
     patches [B * T * 4, 1176] float32; before [P] and after [B, A] int64 token ids around the video;
     positions [3, B, P + T + A] int64; answers [B, Q] int64 token ids; answer_at [Q] int64, where in the sequence each
-    answer is predicted; depth [B, Q] float32, where in the movie its needle is; seen_shape and seen_colour [B, T] int64,
+    answer is predicted; depth [B, Q] float32, where in the movie its needle is; seen_shape, seen_colour [B, T] int64,
     `NONE` without a needle, -1 where one comes or goes.
     """
 
@@ -72,7 +72,7 @@ Painter = Callable[..., Tensor]
 
 
 def draw(plan: Plan, generator: torch.Generator, painter: Painter | None = None) -> Batch:
-    """A batch of fresh movies, on the generator's device; `painter` is `paint.compose`, compiled (None: `paint.paint`)."""
+    """Fresh movies, on the generator's device; `painter` is `paint.compose`, compiled (None: `paint.paint`)."""
     frames = plan.tokens * movies.FRAMES_PER_TOKEN
     slots = movies.place(plan.batch, frames, plan.needles, generator, plan.repeat)
     script = paint.script(slots, frames, generator)
@@ -114,7 +114,7 @@ def resize_matrix(device: torch.device) -> Tensor:
 
 
 def patches(planes: Tensor, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-    """Patches [n / 2 * 4, 1176] float32 of n frames, planes [n, 3, 56, 56] in 0..255, as the video processor makes them."""
+    """Patches [n / 2 * 4, 1176] float32 of n frames, planes [n, 3, 56, 56] in 0..255, as the processor makes them."""
     device = planes.device
     resize = resize_matrix(device)
     small = ((planes @ resize.T).transpose(2, 3).contiguous() @ resize.T).transpose(2, 3)

@@ -62,7 +62,7 @@ def choose(step: int, seed: int, level: int, budget: int) -> tuple[Plan, int]:
 
 
 def learn_rate(progress: float, step: int, peak: float, floor: float = 0.02) -> float:
-    """The rate at `progress` (0 to 1) through the run: warm-up over 200 steps, constant, then a half cosine to the floor."""
+    """The rate at `progress` (0 to 1) of the run: warm-up over 200 steps, constant, then half a cosine to the floor."""
     fall = max(0.0, progress - FALL) / (1 - FALL)
     return peak * min(1.0, (step + 1) / 200) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
 

@@ -27,7 +27,7 @@ MEMORY = 4 * 2**30
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside `path`, which takes its place when the block ends well and is removed when it does not."""
+    """A temporary name beside `path`, which takes its place when the block ends well and is removed otherwise."""
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path is {str(target)!r}, wanted a file in an existing folder; create {target.parent}")
@@ -77,7 +77,8 @@ def _encode(container: OutputContainer, pieces: Iterable[Tensor], rate: Fraction
             stream.height, stream.width, stream.pix_fmt = piece.shape[1], piece.shape[2], "yuv420p"
         elif tuple(piece.shape[1:3]) != (stream.height, stream.width):
             raise ValueError(
-                f"frames are {tuple(piece.shape[1:3])}, wanted {(stream.height, stream.width)} like the first; resize them"
+                f"frames are {tuple(piece.shape[1:3])}, wanted {(stream.height, stream.width)} like the first; "
+                "resize them"
             )
         for image in piece.cpu().numpy():
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -129,7 +130,8 @@ def read(
             return _decode(container, name, max_frames, sample)
     except av.FFmpegError as error:
         raise VideoError(
-            f"path {name!r} cannot be decoded ({error.strerror}), wanted a whole video file; it is no video or it is cut off"
+            f"path {name!r} cannot be decoded ({error.strerror}), wanted a whole video file; it is no video "
+            "or it is cut off"
         ) from error
 
 
@@ -167,6 +169,6 @@ def _check_memory(name: str, frames: list[Tensor]) -> None:
     size = len(frames) * frames[0].numel()
     if size > MEMORY:
         raise VideoError(
-            f"path {name!r} has {len(frames)} frames of {frames[0].shape[1]} x {frames[0].shape[0]} and more, wanted at "
-            f"most {MEMORY / 2**30:.0f} GiB of them; cut it or scale it down, or sample fewer frames a second"
+            f"path {name!r} has {len(frames)} frames of {frames[0].shape[1]} x {frames[0].shape[0]} and more, wanted "
+            f"at most {MEMORY / 2**30:.0f} GiB of them; cut it or scale it down, or sample fewer frames a second"
         )

@@ -116,7 +116,7 @@ def _check_make(seed: int, tokens: int, needles: int, depth: float | None, fps: 
 
 
 def place(batch: int, frames: int, count: int, generator: torch.Generator, repeat: bool) -> paint.Slots:
-    """Random needles for `batch` movies, `count` each: distinct shapes, no two at once. Tensors on generator's device."""
+    """Random needles for `batch` movies, `count` each: distinct shapes, no two at once, on the generator's device."""
     dice = paint.Dice(generator)
     longest = min(LONGEST, frames // (2 * count))
     shape = dice.uniform(0, 1, batch, len(SHAPES)).argsort(1)[:, :count]
@@ -172,7 +172,7 @@ def render(movie: Movie) -> Tensor:
 
 
 def write(movie: Movie | Tensor, path: str | os.PathLike[str], fps: float | None = None) -> None:
-    """Write a movie, or frames uint8 [T, H, W, 3] at `fps`, to `path` as H.264 in MP4; the file appears whole or not at all."""
+    """Write a movie, or frames uint8 [T, H, W, 3] at `fps`, to `path` as H.264 in MP4; whole or not at all."""
     if isinstance(movie, Movie):
         write_frames(chunks(movie), path, movie.fps if fps is None else fps)
     else:

@@ -62,7 +62,7 @@ def _check(frames: Tensor, fps: float) -> None:
 
 
 def tokens_per_patch(processor: Qwen2_5_VLProcessor, height: int, width: int) -> int:
-    """Vision tokens of one temporal patch of a video of this height and width (pixels), after the processor's resizing."""
+    """Vision tokens of one temporal patch of a video of this size in pixels, after the processor's resizing."""
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
     reader = cast(Any, processor).video_processor

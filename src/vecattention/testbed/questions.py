@@ -24,7 +24,7 @@ def question_for(shape: str) -> str:
 
 
 def check_spelling(tokenizer: Any, question: str) -> None:
-    """Raise QuestionError if `tokenizer` (of transformers) has no token for a word of `question`, or there is no word."""
+    """Raise QuestionError if `tokenizer` (of transformers) has no token for a word of `question`, or it has no word."""
     if not isinstance(question, str):
         raise TypeError(f"question is {type(question).__name__}, wanted text; pass a str")
     if not question.strip():
@@ -44,7 +44,7 @@ def check_spelling(tokenizer: Any, question: str) -> None:
 
 
 def answer(model: Any, processor: Any, inputs: dict[str, Tensor], max_new_tokens: int = 4) -> str:
-    """What a Qwen2.5-VL model says to the inputs that `prepare` made, without sampling: words, special tokens left out."""
+    """What a Qwen2.5-VL model says to the inputs that `prepare` made, without sampling, special tokens left out."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     said = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return cast(str, said).strip()

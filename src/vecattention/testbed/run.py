@@ -73,7 +73,7 @@ class Run:
         return self.standing.seconds / (self.settings.seconds or 1.0)
 
     def loss(self, batch: batches.Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its share of right answers: answers, the end after them, and what each token shows."""
+        """The loss of a batch and its share of right answers: answers, their end, and what each token shows."""
         hidden, video = network.think(self.model, batch)
         logits = network.answer_logits(self.model, hidden, batch.answer_at).float()
         ends = network.answer_logits(self.model, hidden, batch.answer_at + 1).float()
@@ -139,7 +139,7 @@ def _reserve() -> None:
 
 
 def _seen_loss(logits: Tensor, seen: Tensor) -> Tensor:
-    """Cross entropy over tokens that show a needle plus that over tokens that show none: logits [B, T, 9], seen [B, T]."""
+    """Cross entropy over tokens that show a needle and over those that show none: logits [B, T, 9], seen [B, T]."""
     each = functional.cross_entropy(logits.flatten(0, 1), seen.flatten(), ignore_index=-1, reduction="none")
     needle = ((seen >= 0) & (seen != batches.NONE)).flatten()
     none = (seen == batches.NONE).flatten()

@@ -1,6 +1,6 @@
 """How often the model is right on fresh movies, by length and by depth.
 
-`rendered` scores movies that never were files (fast; on a GPU, thousands of questions); `filmed` goes the whole real way:
+`rendered` scores movies that never were files (on a GPU, thousands of questions); `filmed` goes the whole real way:
 an H.264 file, the real processor, the real model, one question at a time.
 """
 

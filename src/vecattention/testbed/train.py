@@ -2,8 +2,9 @@
 
     python -m vecattention.testbed.train --out DIR --seconds 480 --device cuda --seed 0 [--resume]
 
-DIR gets model/ (a checkpoint directory that `load` reads), log.jsonl, state.safetensors (what --resume needs) and at the end training.json, the record. A step is a function of the seed and its number alone, so that a run
-of `--steps` that was cut and resumed ends in the same weights as one that was not.
+DIR gets model/ (a checkpoint directory that `load` reads), log.jsonl, state.safetensors (what --resume needs) and at
+the end training.json, the record. A step is a function of the seed and its number alone, so that a run of `--steps`
+that was cut and resumed ends in the same weights as one that was not.
 """
 
 from __future__ import annotations

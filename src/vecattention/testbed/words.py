@@ -19,7 +19,7 @@ SPECIAL = (
     "<|video_pad|>",
     "<|unknown|>",
 )
-PLAIN = ("user", "assistant", "system", "which", "what", "color", "colour", "was", "is", "of", "the", "a", "shape", "?", ".")  # fmt: skip
+PLAIN = tuple("user assistant system which what color colour was is of the a shape ? .".split())
 VOCABULARY = SPECIAL + PLAIN + SHAPES + COLOURS
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_oracle_is_the_best_choice_of_units() -> None:
         assert curve.recall([density])[0] == pytest.approx(float(best[round(density * total) - 1]), abs=0.01)
     blocks = curves.oracle(torch.tensor([3.0, 8.0, 1.0]), torch.tensor([2.0, 4.0, 4.0]), sample(4, 3, False))
     assert blocks.recall([4 / 12, 5 / 12, 6 / 12, 1.0]) == pytest.approx([8 / 4, 9.5 / 4, 11 / 4, 12 / 4])
+
+
+def test_oracle_of_several_heads_ranks_their_units_together() -> None:
+    one = sample(256, 256, True, seed=5)
+    best = curves.Best(one, (0.1, 0.3))
+    heads = [dense(one, h) for h in range(4)]
+    for head in heads:
+        best.add(head.units)
+    row: Any = best.row()
+    for name in ("1 key x 64 queries", "64 keys x 64 queries"):
+        mass, pairs = (torch.cat([head.units[name][i] for head in heads]) for i in range(2))
+        exact = curves.Curve.of(mass / pairs, mass, pairs, 4 * 256 * 257 / 2, 4 * 256).recall((0.1, 0.3))
+        # Bins of 2 ** (1 / 8): inside one, the order is lost.
+        assert curves.together([row["bins"][name]], (0.1, 0.3)) == pytest.approx(exact, abs=0.01)
+        alone = [sum(head[i] for head in row["recall"][name]) / 4 for i in range(2)]
+        assert all(a <= t + 0.005 for a, t in zip(alone, exact, strict=True))
 
 
 def test_a_curve_has_no_recall_below_its_floor() -> None:

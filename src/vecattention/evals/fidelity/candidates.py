@@ -61,19 +61,25 @@ class Candidate:
         return method.select(sample.query, sample.key, causal=sample.causal, scale=sample.scale, **arguments)
 
 
-KNOBS = {"coverage": Knob("coverage", (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), 0.01, 1.0)}
+KNOBS = {
+    "coverage": Knob("coverage", (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), 0.01, 1.0),
+    "density": Knob("density", (0.03, 0.05, 0.1, 0.2, 0.3, 0.5), 0.001, 1.0),
+}
 """Knobs beside the methods' own."""
 
 CAUSAL = (
     "full", "vecattention", "vecattention:max_scope=row",
     "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128",
     "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128",
+    "vecattention@density:max_scope=row,q_pooling_size=32,q_block_size=128", "vecattention@density",
     "flexprefill", "xattention", "anchorattention", "anchorattention:step=4",
 )  # fmt: skip
 FREE = (
     "full", "vecattention", "vecattention:group_k_block=8192", "vecattention:max_scope=row",
     "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128",
-    "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128", "xattention:stride=8", "svg",
+    "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128",
+    "vecattention@density:max_scope=row,q_pooling_size=32,q_block_size=128", "vecattention@density:group_k_block=8192",
+    "xattention:stride=8", "svg",
 )  # fmt: skip
 """What is compared unless something else is asked for: the published settings, and this library's variants."""
 

@@ -11,7 +11,7 @@ always kept (sink, own) have gap -inf.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,54 @@ def oracle(mass: Tensor, pairs: Tensor, sample: Sample) -> Curve:
     """The best curve of these units of one head."""
     q_len, k_len = sample.query.shape[2], sample.key.shape[2]
     return Curve.of(mass / pairs, mass, pairs, allowed_pairs(q_len, k_len, sample.causal), q_len)
+
+
+OCTAVES, FINE = 44, 8
+"""Bins of mass per pair, FINE to a factor of two, in which the units of several heads are put together."""
+
+
+class Best:
+    """Oracles of a sample's heads: each with a budget of its own, and all of them with one.
+
+    Under one budget the units of all heads are ranked together; they are sorted into bins of mass per pair, so that
+    samples can be put together later by adding their bins.
+    """
+
+    def __init__(self, sample: Sample, densities: Sequence[float]) -> None:
+        self._sample, self._densities = sample, densities
+        self._alone: dict[str, list[list[float | None]]] = {}
+        self._bins: dict[str, Tensor] = {}
+
+    def add(self, units: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add a head: mass and pairs of its units for each granularity."""
+        heads, q_len = self._sample.query.shape[1:3]
+        allowed = allowed_pairs(q_len, self._sample.key.shape[2], self._sample.causal)
+        for name, (mass, pairs) in units.items():
+            self._alone.setdefault(name, []).append(oracle(mass, pairs, self._sample).recall(self._densities))
+            shares = torch.stack((pairs.double() / allowed, mass.double() / q_len)) / heads
+            place = (-(mass / pairs).clamp(min=1e-300).log2() * FINE).clamp(0, OCTAVES * FINE - 1).int()
+            bins = torch.stack([torch.bincount(place, share, OCTAVES * FINE) for share in shares])
+            self._bins[name] = self._bins.get(name, 0) + bins
+
+    def row(self) -> dict[str, object]:
+        """JSON-ready: recall of each head alone, and shares of pairs and of mass by bin for the heads together."""
+        return {
+            "densities": list(self._densities),
+            "recall": {name: [rounded(head) for head in heads] for name, heads in self._alone.items()},
+            "bins": {name: [rounded(line) for line in bins.tolist()] for name, bins in self._bins.items()},
+        }
+
+
+def together(bins: Sequence[Sequence[Sequence[float]]], densities: Sequence[float]) -> list[float | None]:
+    """Recall under one budget for all heads of several samples, from their bins."""
+    pairs, mass = torch.tensor(bins, dtype=torch.float64).mean(0)
+    there = pairs > 0
+    return Curve(pairs[there].cumsum(0), mass[there].cumsum(0)).recall(densities)
+
+
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    """The values to 6 digits."""
+    return [None if x is None else float(f"{x:.6g}") for x in values]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
+
+from vecattention.evals.fidelity.curves import together
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +21,9 @@ SHORT = {
     "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128",
     "vecattention:group_k_block=8192": "vecattention G=8192 (published)",
     "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128 by coverage",
+    "vecattention@density:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128 by density",
+    "vecattention@density": "vecattention (published) by density",
+    "vecattention@density:group_k_block=8192": "vecattention G=8192 (published) by density",
 }
 
 
@@ -63,17 +68,18 @@ def matched_cells(row: Row, spent: dict[str, list[float]] | None) -> list[str]:
 
 
 def oracle_table(rows: Iterable[Row]) -> Table:
-    """Best recall at each density for each granularity, means over samples and heads."""
+    """Best recall at each density for each granularity: mean over heads alone, and all heads under one budget."""
     from rich.table import Table
 
     found = of(rows, "oracle")
     densities = found[0]["densities"]
-    table = Table(title="Oracle: best recall at each density (means over heads and layers)")
+    table = Table(title="Oracle: best recall at each density (each head alone | one budget for all heads and layers)")
     table.add_column("granularity")
     for density in densities:
         table.add_column(f"{density:g}", justify="right")
     for name in sorted(found[0]["recall"], key=lambda name: -_oracle(found, name)[3]):
-        table.add_row(name, *(f"{x:.3f}" for x in _oracle(found, name)))
+        pairs = zip(_oracle(found, name), _together(found, name, densities), strict=True)
+        table.add_row(name, *(f"{alone:.3f} | {_text(together)}" for alone, together in pairs))
     return table
 
 
@@ -87,8 +93,8 @@ def curve_table(rows: Iterable[Row], study: str, name: str) -> Table:
     densities = found[0]["densities"]
     for density in densities:
         table.add_column(f"{density:g}", justify="right")
-    for label, alone, together in curves(found):
-        table.add_row(label, *(f"{_text(a)} | {_text(t)}" for a, t in zip(alone, together, strict=True)))
+    for label, alone, joint in curves(found):
+        table.add_row(label, *(f"{_text(a)} | {_text(t)}" for a, t in zip(alone, joint, strict=True)))
     return table
 
 
@@ -132,9 +138,8 @@ def pareto(rows: list[Row], path: str | os.PathLike[str]) -> None:
     oracles = of(rows, "oracle")
     for style, name in zip(("-", "--", ":", "-."), _ORACLES, strict=True):
         if oracles:
-            axes[0].plot(
-                oracles[0]["densities"], _oracle(oracles, name), style, color="0.55", lw=1.2, label=f"oracle {name}"
-            )
+            best = _together(oracles, name, _GRID)
+            axes[0].plot(_GRID, best, style, color="0.55", lw=1.2, label=f"oracle {name}")
     axes[0].set(
         xscale="log", xlabel="density (kept / allowed pairs)", ylabel="recall (kept softmax mass)", ylim=(0, 1.02)
     )
@@ -149,6 +154,7 @@ def pareto(rows: list[Row], path: str | os.PathLike[str]) -> None:
 
 
 _ORACLES = ("1 key x 64 queries", "64 keys x 64 queries", "128 keys x 128 queries", "64 keys x 1 query")
+_GRID = tuple(10 ** (step / 20 - 2) for step in range(41))
 _MARKS = "osD^vP*X<>"
 
 
@@ -181,6 +187,10 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _text(value: float | None) -> str:
     return "  -  " if value is None else f"{value:.3f}"
+
+
+def _together(rows: list[Row], name: str, densities: Sequence[float]) -> list[float | None]:
+    return together([row["bins"][name] for row in rows], densities)
 
 
 def _rule(row: Row) -> str:

@@ -95,7 +95,7 @@ class _Tasks:
         self.candidates = [parse(text) for text in plan.candidates or usual]
         self.mark = fingerprint(samples)
         self._dense: dict[int, list[Head]] = {}
-        self._best: dict[int, dict[str, list[list[float | None]]]] = {}
+        self._best: dict[int, curves.Best] = {}
 
     def all(self) -> Iterator[Task]:
         """Every row, those of one sample together."""
@@ -116,19 +116,18 @@ class _Tasks:
     def _heads(self, index: int) -> list[Head]:
         if index not in self._dense:
             sample = self.samples[index]
-            self._dense[index], best = [], self._best.setdefault(index, {})
+            heads, self._best[index] = [], curves.Best(sample, DENSITIES)
             for h in range(sample.query.shape[1]):
                 head = dense(sample, h)
-                for name, (mass, pairs) in head.units.items():
-                    found = curves.oracle(mass, pairs, sample).recall(DENSITIES)
-                    best.setdefault(name, []).append(_round(found))
-                self._dense[index].append(replace(head, units={}))  # the units are large, and done with
+                self._best[index].add(head.units)
+                heads.append(replace(head, units={}))  # the units are large, and done with
+            self._dense[index] = heads
         return self._dense[index]
 
     def _oracle(self, index: int) -> Iterator[Task]:
         def make() -> dict[str, Any]:
             self._heads(index)
-            return {"densities": list(DENSITIES), "recall": self._best[index]}
+            return self._best[index].row()
 
         yield Task(self._key("oracle", index), make)
 
@@ -202,11 +201,11 @@ class _Tasks:
             sample, heads = self.samples[index], self._heads(index)
             found = [curves.units(sample, h, rule, head.columns, measure) for h, head in enumerate(heads)]
             values: dict[str, Any] = {"densities": list(DENSITIES)}
-            values["recall"] = [_round(one.curve().recall(DENSITIES)) for one in found]
-            values["together"] = _round(curves.Units.join(found).curve().recall(DENSITIES))
+            values["recall"] = [curves.rounded(one.curve().recall(DENSITIES)) for one in found]
+            values["together"] = curves.rounded(curves.Units.join(found).curve().recall(DENSITIES))
             if measure != "share":
                 reached = [[one.at(curves.alpha_of(theta)) for theta in THETAS] for one in found]
-                values |= {"thetas": list(THETAS), "at": [[_round(pair) for pair in row] for row in reached]}
+                values |= {"thetas": list(THETAS), "at": [[curves.rounded(pair) for pair in row] for row in reached]}
             return values
 
         return make
@@ -214,7 +213,3 @@ class _Tasks:
 
 def _where() -> dict[str, Any]:
     return {"threads": torch.get_num_threads()}
-
-
-def _round(values: Sequence[float | None]) -> list[float | None]:
-    return [None if x is None else float(f"{x:.6g}") for x in values]

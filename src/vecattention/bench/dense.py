@@ -13,7 +13,7 @@ KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENT
 
 def calls(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
     """A call for each dense kernel that takes these tensors, by name."""
-    found = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, kernel in KERNELS.items():
         try:
             _dense(query, key, value, causal, kernel)

@@ -76,4 +76,4 @@ def _group(call: Callable[[], object], calls: int) -> float:
         call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / calls
+    return float(start.elapsed_time(end)) / calls

@@ -11,8 +11,12 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from vecattention.bench.record import Step
 
 EXAMPLE = "vecattention bench call --case qwen2.5-vl-8k --density 0.2 --out out/bench.jsonl"
 STUDIES = ("attention", "selection", "call", "dense", "all")
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _steps(args: argparse.Namespace) -> Iterator[tuple[dict[str, object], functools.partial[object]]]:
+def _steps(args: argparse.Namespace) -> Iterator[Step]:
     from vecattention.bench import studies
     from vecattention.bench.cases import case_of
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vecattention.atomic import replacing
 from vecattention.demo.films import Film
 from vecattention.demo.maps import Map
 from vecattention.testbed import movies, shapes
-from vecattention.testbed.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vecattention import machine
+from vecattention.atomic import replacing
 from vecattention.demo.run import Outcome
-from vecattention.testbed.files import replacing
 
 SCHEMA = 1
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vecattention.atomic import replacing
 from vecattention.demo import ask, picture, record
 from vecattention.demo.run import Outcome
-from vecattention.testbed.files import replacing
 
 
 def write(outcome: Outcome) -> list[tuple[Path, str]]:

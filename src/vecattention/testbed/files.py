@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vecattention.atomic import replacing
 from vecattention.testbed.errors import VideoError
 
 if TYPE_CHECKING:
@@ -23,22 +22,6 @@ CRF = "18"
 
 MEMORY = 4 * 2**30
 """Most bytes of frames that `read` holds."""
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside `path`, which takes its place when the block ends well and is removed otherwise."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path is {str(target)!r}, wanted a file in an existing folder; create {target.parent}")
-    name = str(target.with_name(f".{target.stem}.{uuid.uuid4().hex}{target.suffix}"))
-    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        yield name
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_frames(pieces: Iterable[Tensor], path: str | os.PathLike[str], fps: float) -> None:

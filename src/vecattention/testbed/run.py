@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vecattention.atomic import replacing
 from vecattention.testbed import batches, curriculum, network, paint
 from vecattention.testbed.curriculum import Standing
-from vecattention.testbed.files import replacing
 from vecattention.testbed.model import build, save
 from vecattention.testbed.words import IDS
 

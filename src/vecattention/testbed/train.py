@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vecattention.atomic import replacing
 from vecattention.testbed import curriculum, score
-from vecattention.testbed.files import replacing
 from vecattention.testbed.run import Run, Settings
 
 logger = logging.getLogger(__name__)

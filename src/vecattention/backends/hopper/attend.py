@@ -5,7 +5,7 @@
     consumer 1 (4 warps)  rows 64..127, likewise: both use every row that the loader fetched
 
 Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit.
-Lists of 64 rows go in pairs (PAIR): the rows of both are fetched, and each consumer hides what only the other one lists.
+Lists of 64 rows go in pairs (PAIR): the keys of both are fetched, and each consumer hides what only the other lists.
 The loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first
 loads are waited for.
 """

@@ -1,0 +1,126 @@
+"""Tables and pictures of GPU records: speed against density, speed-ups over dense attention, where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vecattention.atomic import replacing
+
+Record = dict[str, Any]
+INK, QUIET, COLOURS = "#1b1f24", "#8a94a0", ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
+
+
+def best_dense(records: Sequence[Record]) -> dict[str, Record]:
+    """The fastest dense record of each case."""
+    found: dict[str, Record] = {}
+    for record in records:
+        if record.get("study") == "dense":
+            old = found.get(record["case"])
+            found[record["case"]] = record if old is None or record["ms"] < old["ms"] else old
+    return found
+
+
+def speed_ups(records: Sequence[Record]) -> list[Record]:
+    """Whole calls beside the best dense kernel: case, rule, density, milliseconds of both, the ratio, extra memory."""
+    dense = best_dense(records)
+    return [
+        {
+            "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"], "density": r["density"],
+            "dense_ms": dense[r["case"]]["ms"], "ms": r["ms"], "ms_graph": r["ms_graph"],
+            "ratio": dense[r["case"]]["ms"] / r["ms"], "extra_mib": r["extra_mib"],
+        }
+        for r in records
+        if r.get("study") == "call" and r["case"] in dense
+    ]  # fmt: skip
+
+
+def shares(records: Sequence[Record]) -> list[Record]:
+    """Selection beside the best dense kernel: its share of the dense time."""
+    dense = best_dense(records)
+    return [
+        {
+            "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"], "ms": r["ms"],
+            "share": r["ms"] / dense[r["case"]]["ms"],
+        }
+        for r in records
+        if r.get("study") == "selection" and r["case"] in dense
+    ]  # fmt: skip
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """The picture of a record file: TFLOP/s of attention, speed-ups of whole calls, what a call's time is made of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    _rates(left, records)
+    _ratios(middle, records)
+    _stacks(right, records)
+    gpu = next((r["machine"]["gpu"] for r in records if r.get("machine")), "")
+    figure.suptitle(f"head_dim 128, bfloat16, {gpu}", color=INK, fontsize=11)
+    with replacing(path) as name:
+        figure.savefig(name, dpi=150)
+    plt.close(figure)
+
+
+def _rates(axes: Any, records: Sequence[Record]) -> None:
+    groups: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
+    for r in records:
+        if r.get("study") == "attention" and r["backend"] == "auto":
+            groups.setdefault((r["case"], r["block"], r["lists"]), []).append((100 * r["density"], r["tflops"]))
+    for i, ((case, block, kind), points) in enumerate(sorted(groups.items(), key=lambda g: (-g[0][1], g[0]))):
+        xs, ys = zip(*sorted(points), strict=True)
+        style = {"color": COLOURS[(i // 2) % 4], "ls": "-" if kind == "clustered" else "--", "marker": "o", "ms": 4}
+        axes.plot(xs, ys, label=f"{case}, lists of {block}, {kind}", **style)
+    axes.set(
+        title="attend over ready lists", xlabel="density, %", ylabel="useful TFLOP/s", xscale="log", ylim=(0, None)
+    )
+    axes.minorticks_off()
+    axes.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+    axes.legend(fontsize=6.5, frameon=False, ncols=2, loc="lower center")
+    _plain(axes)
+
+
+def _ratios(axes: Any, records: Sequence[Record]) -> None:
+    rows = [r for r in speed_ups(records) if r["block"] == 128 and r["scope"] == "window"]
+    for i, case in enumerate(dict.fromkeys(r["case"] for r in rows)):
+        for pool, marker in ((64, "o"), (32, "s")):
+            points = sorted((100 * r["density"], r["ratio"]) for r in rows if (r["case"], r["pool"]) == (case, pool))
+            if points:
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, color=COLOURS[i % 4], marker=marker, ls="-" if pool == 64 else ":", ms=5,
+                          label=f"{case}, P={pool}")  # fmt: skip
+    axes.axhline(1, color=QUIET, lw=0.8)
+    axes.set(
+        title="whole call, selection included, over the best dense kernel", xlabel="density, %", ylabel="times faster"
+    )
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+
+
+def _stacks(axes: Any, records: Sequence[Record]) -> None:
+    dense = best_dense(records)
+    calls = [r for r in records if r.get("study") == "call" and (r["pool"], r["block"]) == (64, 128)]
+    calls = [r for r in calls if r["scope"] == "window"]
+    chosen = {(s["case"], s["pool"], s["block"], s["scope"]): s["ms"] for s in shares(records)}
+    for i, r in enumerate(calls):
+        whole = dense[r["case"]]["ms"]
+        select = chosen.get((r["case"], r["pool"], r["block"], r["scope"]), 0.0)
+        axes.barh(i, 100 * select / whole, color=COLOURS[1], label="selection" if not i else None)
+        axes.barh(i, 100 * (r["ms"] - select) / whole, left=100 * select / whole, color=COLOURS[0],
+                  label="attention" if not i else None)  # fmt: skip
+    axes.set_yticks(range(len(calls)), [f"{r['case']}\n{100 * r['density']:.3g} %" for r in calls], fontsize=7)
+    axes.set(title="time of a call, P=64, R=128", xlabel="% of the best dense kernel")
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_size(10)
+    axes.grid(alpha=0.25)

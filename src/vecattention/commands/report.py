@@ -1,0 +1,75 @@
+"""Tables, and a picture, of the records that `vecattention bench` wrote.
+
+Whole calls are set beside the fastest dense kernel of the same file, so that both ran on the same GPU in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = "vecattention report out/bench.jsonl --png out/bench.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vecattention report`."""
+    parser.add_argument("records", type=Path, help="a file of records, JSON lines")
+    parser.add_argument("--png", type=Path, help="also draw the figures into this file")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, draw the picture, and say where it is."""
+    from vecattention.bench import figures, record
+
+    if not args.records.is_file():
+        raise FileNotFoundError(
+            f"records is {args.records}, wanted a file that `vecattention bench` wrote; none is there"
+        )
+    found = [row for row in record.read(args.records) if "failed" not in row and "study" in row]
+    if not found:
+        raise ValueError(f"records {args.records} holds no record of bench, wanted some; run vecattention bench all")
+    calls = [
+        [r["case"], f"{r['pool']} {r['block']} {r['scope']}", f"{100 * r['density']:.1f} %", f"{r['dense_ms']:.2f}",
+         f"{r['ms']:.2f}", f"{r['ratio']:.2f}x", f"{r['extra_mib']:.0f}"]
+        for r in figures.speed_ups(found)
+    ]  # fmt: skip
+    _table(
+        "whole calls", ["case", "P R scope", "density", "dense ms", "ms", "faster", "extra MiB"], calls, args.markdown
+    )
+    chosen = [
+        [r["case"], f"{r['pool']} {r['block']} {r['scope']}", f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"]
+        for r in figures.shares(found)
+    ]
+    _table("selection", ["case", "P R scope", "ms", "of dense"], chosen, args.markdown)
+    rates = [
+        [r["case"], str(r["block"]), r["lists"], f"{100 * r['density']:.0f} %", r["backend"], f"{r['ms']:.3f}",
+         f"{r['tflops']:.0f}", f"{r['error']:.1e}"]
+        for r in found if r["study"] == "attention"
+    ]  # fmt: skip
+    _table("attend", ["case", "R", "lists", "density", "backend", "ms", "TFLOP/s", "error"], rates, args.markdown)
+    if args.png:
+        args.png.parent.mkdir(parents=True, exist_ok=True)
+        figures.draw(found, args.png)
+        sys.stdout.write(f"picture in {args.png}\n")
+    return 0
+
+
+def _table(title: str, names: list[str], rows: list[list[str]], markdown: bool) -> None:
+    if not rows:
+        return
+    if markdown:
+        lines = [names, ["---"] * len(names), *rows]
+        sys.stdout.write(f"\n{title}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Any = Table(title=title)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,106 @@
+"""Records that can be taken up again, lists and inputs of the cases, errors against float64, the report of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vecattention
+from vecattention import cli
+from vecattention.bench import figures, record
+from vecattention.bench.cases import CASES, Case, case_of, inputs, lists
+from vecattention.bench.exact import error_of
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100-2026-11-24.jsonl"
+SMALL = Case("small", 4, 2, 300, 333, True, head_dim=32)
+
+
+def step(name: str, done: list[str]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    def call() -> dict[str, Any]:
+        done.append(name)
+        return {"value": name}
+
+    return {"study": name}, call
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    path, done = tmp_path / "deep" / "r.jsonl", []  # type: tuple[Path, list[str]]
+    assert [r["value"] for r in record.run(path, [step("a", done)])] == ["a"]
+    with path.open("a") as file:
+        file.write('{"key": {"study": "b"}, "va')
+    assert [r["value"] for r in record.read(path)] == ["a"]
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert [r["value"] for r in record.run(path, [step("a", done), step("b", done)])] == ["a", "b"]
+    assert done == ["a", "b"], "what the file held was not measured again"
+    assert {"schema", "made", "machine"} <= set(record.read(path)[1])
+    list(record.run(path, [step("a", done)], now=True))
+    assert done == ["a", "b", "a"]
+
+
+def test_a_damaged_record_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"key": 1}\nnonsense\n{"key": 2}\n{"key": 3}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON record"):
+        record.read(path)
+    assert record.read(tmp_path / "none.jsonl") == []
+
+
+def test_cases_are_the_models_shapes() -> None:
+    wan = case_of("wan2.1-14b-720p")
+    assert (wan.heads, wan.q_len, wan.causal) == (40, 75_600, False)
+    assert wan.dense_flop == 4 * 40 * 128 * 75_600**2
+    causal = CASES["qwen2.5-vl-32k"]
+    assert causal.dense_flop == 4 * 28 * 128 * 32768 * 32769 // 2
+    with pytest.raises(ValueError, match="case is 'sora', wanted one of"):
+        case_of("sora")
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_lists_have_the_density_asked_for(kind: str) -> None:
+    case = Case("flat", 8, 8, 512, 8192, False)
+    selection = lists(case, 0.2, kind, device="cpu")
+    assert abs(float(selection.density().mean()) - 0.2) < 0.02
+    shared = [set(selection.columns(0, 0, g).tolist()) for g in range(2)]
+    overlap = len(shared[0] & shared[1]) / len(shared[0] | shared[1])
+    assert overlap > 0.5 if kind == "clustered" else overlap < 0.2
+    with pytest.raises(ValueError, match="kind is 'neat', wanted 'random' or 'clustered'"):
+        lists(case, 0.2, "neat", device="cpu")
+
+
+def test_errors_tell_right_from_wrong() -> None:
+    query, key, value = inputs(SMALL, dtype=torch.float32, device="cpu", structure=1.0)
+    selection = lists(SMALL, 0.3, device="cpu")
+    out = vecattention.attend(query, key, value, selection)
+    assert isinstance(out, torch.Tensor)
+    assert error_of(out, query, key, value, selection, causal=True).passes
+    wrong = out + 0.05 * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    assert not error_of(wrong, query, key, value, selection, causal=True).passes
+
+
+def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = record.read(RECORDS)
+    assert all(r.get("error_ok", True) and r.get("repeats_equal", True) for r in found)
+    calls = {(r["case"], r["pool"], round(r["density"], 2)): r["ratio"] for r in figures.speed_ups(found)}
+    assert calls[("wan2.1-14b-720p", 64, 0.48)] > 1.6
+    assert cli.main(["report", str(RECORDS), "--png", str(tmp_path / "p.png"), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "| hunyuanvideo-720p | 64 128 window | 38.0 % |" in said and "picture in" in said
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_reported_or_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / "none.jsonl")]) == 2
+    assert "wanted a file that `vecattention bench` wrote" in capsys.readouterr().err
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"other": 1}) + "\n")
+    assert cli.main(["report", str(empty)]) == 2
+    assert "holds no record of bench" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "dense", "--out", str(tmp_path / "o.jsonl")]) == 2
+        assert "no GPU that torch sees" in capsys.readouterr().err
+        assert not (tmp_path / "o.jsonl").exists()

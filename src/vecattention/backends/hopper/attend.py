@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
+
 HALF = gl.constexpr(64)  # rows of a consumer
 NO_KEY = gl.constexpr(-1.0e30)
 
@@ -139,7 +141,7 @@ def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNT
                 filled += _decode(ring, base + filled, now, now_other, segment, SEG, RING, PAIR)
                 segment += SEG
             here = gl.convert_layout(index & 0x3FFFFFFF if PAIR else index, rows)
-            gl.thread_barrier()
+            barrier()
             slot = gl.minimum(t * N + N + gl.arange(0, N, flat), count - 1)
             index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
             if t >= 0:
@@ -255,7 +257,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
 
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         stage = tile % STAGES
         mbarrier.wait(k_full.index(stage), tile // STAGES & 1)
         fence_async_shared()

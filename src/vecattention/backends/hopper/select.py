@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
+
 HALF = gl.constexpr(64)  # pooled rows of a consumer
 NONE = gl.constexpr(float("-inf"))
 
@@ -164,7 +166,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     row = first_row + gl.arange(0, HALF, ROWS)
     row_start = row * P + offset

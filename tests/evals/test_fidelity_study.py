@@ -291,6 +291,14 @@ class TestCommand:
         assert all(len(row["recall"]) == 4 and max(row["recall"]) <= 1 + 1e-5 for row in sweep)
         assert "wrote" in capsys.readouterr().out
 
+    def test_maps_of_a_checkpoint_are_those_of_the_testbed(self, tmp_path: Path) -> None:
+        from vecattention.testbed.model import DATA
+
+        arguments = ["--tokens", "160", "--layers", "2", "--studies", "oracle"]
+        for name, data in (("shipped", ["--testbed"]), ("path", ["--model", str(DATA / "model")])):
+            assert self.run(*data, *arguments, "--save", str(tmp_path / name), "--out", str(tmp_path / "out")) == 0
+        assert fingerprint(load(tmp_path / "shipped")) == fingerprint(load(tmp_path / "path"))
+
     @pytest.mark.parametrize("arguments, message", [
         (["--qk", "nowhere.safetensors"], "path is 'nowhere.safetensors', wanted a safetensors file"),
         (["--model", "nowhere"], "path is 'nowhere', wanted a checkpoint directory"),

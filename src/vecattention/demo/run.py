@@ -20,11 +20,22 @@ from vecattention.testbed import COLOURS, load, prepare
 STRIDE = 4096
 """Seeds between those of two demonstrations; film number i of one has the seed STRIDE * seed + i."""
 
+TIMINGS = 3
+"""Questions about the longer film, whose times are the second pair of rows."""
+
 SHORT, LONG = 4, 32
 """Most new tokens of an answer: of the small model, which says one word, and of any other."""
 
 Report = Callable[[str, float], None]
 """Told what is being done, and how much of the work, in vision tokens read, was done since it was last told."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the layers' attention was given, and the film's tokens, [start, end), in the sequence."""
+
+    layers: Mapping[int, Captured]
+    span: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,8 @@ def work(settings: Settings) -> float:
     """How much there is to do, in vision tokens read."""
     if settings.video is not None:
         return float(settings.tokens * 2 * len(settings.questions))
-    short = settings.tokens * len(settings.depths) * settings.films
-    return float((short + settings.timing_tokens) * 2 * NEEDLES)
+    short = settings.tokens * len(settings.depths) * settings.films * NEEDLES
+    return float((short + settings.timing_tokens * TIMINGS) * 2)
 
 
 @torch.no_grad()
@@ -92,13 +103,14 @@ class Demo:
         """Everything, with a folder for the files of made films."""
         settings = self.settings
         if settings.video is not None:
-            film = films.take(settings.video, settings.questions)
-            shown = self._length([lambda: film], "the film")
+            given = films.take(settings.video, settings.questions)
+            film, seen = self._length([lambda: given], "the film")
         else:
-            shown = self._length(self._makers(folder, settings.tokens), f"{settings.tokens:,} tokens")
-            film = shown.film
+            film, seen = self._length(self._makers(folder, settings.tokens), f"{settings.tokens:,} tokens")
             if settings.timing_tokens:
-                self._length(self._makers(folder, settings.timing_tokens)[:1], f"{settings.timing_tokens:,} tokens")
+                longer = self._makers(folder, settings.timing_tokens)[:1]
+                self._length(longer, f"{settings.timing_tokens:,} tokens", TIMINGS)
+        shown = self._shown(film, seen)
         made = film.path.read_bytes() if film.movie is not None else None
         return Outcome(settings, tuple(self.results), tuple(self.rows), shown, made, tuple(self._remarks))
 
@@ -115,25 +127,26 @@ class Demo:
 
         return [maker(number, depth) for number, depth in enumerate(depths)]
 
-    def _length(self, makers: list[Callable[[], Film]], name: str) -> Shown:
-        """Ask about all films of one length, and add their rows; what the first shows."""
+    def _length(self, makers: list[Callable[[], Film]], name: str, questions: int | None = None) -> tuple[Film, Seen]:
+        """Ask about all films of one length, and add their rows; the first film, and what attention was given in it."""
         begun = len(self.results)
-        film = self._film(makers, 0, name)
+        film = self._film(makers, 0, name, questions)
         self._report(f"{name}: looking at its attention", 0)
-        shown, recall = self._look(film)
+        seen = self._look(film)
+        recall = mass.mean_recall(seen.layers.values(), seen.span, self.settings.rule)
         for number in range(1, len(makers)):
-            self._film(makers, number, name)
+            self._film(makers, number, name, questions)
         for method in self.methods:
             mine = [r for r in self.results[begun:] if r.method == method.name]
             self.rows.append(row(mine, 1.0 if method.name == ask.FULL else recall))
-        return shown
+        return film, seen
 
-    def _film(self, makers: list[Callable[[], Film]], number: int, name: str) -> Film:
-        """Make or take one of the films, and ask all its questions."""
+    def _film(self, makers: list[Callable[[], Film]], number: int, name: str, questions: int | None) -> Film:
+        """Make or take one of the films, and ask its questions, all or so many."""
         where = f"{name}, film {number + 1} of {len(makers)}"
         self._report(f"{where}: {'drawing it' if self.settings.video is None else 'reading it'}", 0)
         film = makers[number]()
-        for question in film.questions:
+        for question in film.questions[:questions]:
             self._ask(film, question, number, where)
         return film
 
@@ -146,29 +159,17 @@ class Demo:
                 ask.ask(self.model, self.processor, inputs, method, 1)
         heard: dict[str, ask.Heard] = {}
         turn = len(self.results) // 2 % 2
+        limit = SHORT if self.settings.model is None else LONG
         for method in self.methods[turn:] + self.methods[:turn]:
             self._report(f"{where}: {question.text}", 0)
-            limit = SHORT if self.settings.model is None else LONG
             heard[method.name] = ask.ask(self.model, self.processor, inputs, method, limit)
             self._report(f"{where}: {question.text}", tokens)
-        for method in self.methods:
-            got = heard[method.name]
+        for name, got in sorted(heard.items(), key=lambda item: item[0] != ask.FULL):
             right = got.said == heard[ask.FULL].said
             if question.wanted is not None:
                 right = films.is_right(got.said, question.wanted, COLOURS)
-            self.results.append(
-                Result(
-                    number,
-                    tokens,
-                    question,
-                    method.name,
-                    got.said,
-                    right,
-                    got.attention_seconds,
-                    got.prefill_seconds,
-                    got.density,
-                )  # fmt: skip
-            )
+            times = got.attention_seconds, got.prefill_seconds
+            self.results.append(Result(number, tokens, question, name, got.said, right, *times, got.density))
             self._remarks.update({f"stayed dense: {why}": None for why in got.why_dense})
 
     def _inputs(self, film: Film, question: Question) -> tuple[dict[str, Tensor], int]:
@@ -178,24 +179,23 @@ class Demo:
         tokens = int((inputs["input_ids"] == self.model.config.video_token_id).sum())
         return ask.to_device(inputs, self.settings.device), tokens
 
-    def _look(self, film: Film) -> tuple[Shown, float]:
-        """What the picture shows of a film, and the rule's recall on it."""
-        question = film.questions[0]
-        inputs, tokens = self._inputs(film, question)
-        text = self.model.config.get_text_config()
-        with capture(self.model, mass.layers_of(text.num_hidden_layers)) as layers:
+    def _look(self, film: Film) -> Seen:
+        """What attention is given when a film's first question is asked."""
+        inputs, _ = self._inputs(film, film.questions[0])
+        count = self.model.config.get_text_config().num_hidden_layers
+        with capture(self.model, mass.layers_of(count)) as layers:
             self.model(**inputs, logits_to_keep=1)
         where = (inputs["input_ids"][0] == self.model.config.video_token_id).nonzero()
-        span = int(where[0]), int(where[-1]) + 1
-        recall = mass.mean_recall(layers.values(), span, self.settings.rule)
-        said = {r.method: r.said for r in self.results if r.question == question and r.tokens == tokens}
-        drawn = self._map(film, layers, span)
-        return Shown(film, question, said, drawn, text.num_hidden_layers, text.num_attention_heads), recall
+        return Seen(layers, (int(where[0]), int(where[-1]) + 1))
 
-    def _map(self, film: Film, layers: Mapping[int, Captured], span: tuple[int, int]) -> maps.Map:
-        needles, tokens = film.movie.needles if film.movie is not None else (), span[1] - span[0]
-        total = len(film.frames)
+    def _shown(self, film: Film, seen: Seen) -> Shown:
+        """What the picture shows of a film."""
+        question, text = film.questions[0], self.model.config.get_text_config()
+        tokens, total = seen.span[1] - seen.span[0], len(film.frames)
+        said = {r.method: r.said for r in self.results if r.question == question and r.tokens == tokens}
+        needles = film.movie.needles if film.movie is not None else ()
         spans = [(n.start_frame * tokens // total, max(-(-n.end_frame * tokens // total), 1)) for n in needles]
         asked = film.movie.asked if film.movie is not None else None
         focus = (asked.start_frame + asked.end_frame) * tokens // (2 * total) if asked is not None else tokens // 2
-        return maps.draw(layers, span, spans, focus, self.settings.rule)
+        drawn = maps.draw(seen.layers, seen.span, spans, focus, self.settings.rule)
+        return Shown(film, question, said, drawn, text.num_hidden_layers, text.num_attention_heads)

@@ -116,7 +116,7 @@ def planted(needle: int) -> Captured:
 def test_the_map_shows_the_head_that_looks_at_the_needle() -> None:
     layers = {3: planted(200)}
     film, needles = (8, 392), [(190, 194)]
-    assert maps.choose(layers, film, needles) == (3, 1) == maps.choose(layers, film, [])
+    assert maps.choose(layers, film, needles, 192) == (3, 1) == maps.choose(layers, film, [], 192)
     drawn = maps.draw(layers, film, needles, 192, {**RULE, "max_scope": "row"})
     assert drawn.weight.shape == drawn.kept.shape == (6, 384) and drawn.tokens == 384
     assert drawn.weight[4, 192] > 0.99 and drawn.kept[4, 192] == 1.0

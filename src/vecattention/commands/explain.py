@@ -73,9 +73,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 def _sizes(text: str) -> list[int]:
     sizes = text.replace(" ", "").split(",")
     if len(sizes) != 6 or not all(size.isdecimal() for size in sizes):
-        raise ValueError(
-            f"--shape is {text!r}, wanted six whole numbers {DIMENSIONS}; such as 1,28,4,4096,4096,128"
-        )
+        raise ValueError(f"--shape is {text!r}, wanted six whole numbers {DIMENSIONS}; such as 1,28,4,4096,4096,128")
     return [int(size) for size in sizes]
 
 
@@ -85,7 +83,5 @@ def _device(text: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cuda", "cpu", "meta"):
-        raise ValueError(
-            f"--device is {text!r}, wanted cuda, cuda:N, cpu or meta; cuda needs no GPU to be here"
-        )
+        raise ValueError(f"--device is {text!r}, wanted cuda, cuda:N, cpu or meta; cuda needs no GPU to be here")
     return device

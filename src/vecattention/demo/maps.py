@@ -58,16 +58,17 @@ def probabilities(layer: Captured, head: int, rows: slice | Tensor) -> Tensor:
     return scores.softmax(-1).cpu()
 
 
-def choose(layers: Mapping[int, Captured], film: Span, needles: Sequence[Span]) -> tuple[int, int]:
+def choose(layers: Mapping[int, Captured], film: Span, needles: Sequence[Span], focus: int) -> tuple[int, int]:
     """(layer, head) whose later rows look at the needles most, all of them; without needles, at the fewest single keys.
 
     Args:
         layers: what each layer's attention was given.
         film: the film's tokens in the sequence.
         needles: spans in tokens of the film; may be empty.
+        focus: a token of the needle that counts most.
     """
     scored = [
-        (_score(probabilities(layer, head, torch.arange(film[0], film[1], STRIDE)), film, needles), index, head)
+        (_score(probabilities(layer, head, torch.arange(film[0], film[1], STRIDE)), film, needles, focus), index, head)
         for index, layer in layers.items()
         for head in range(layer.query.shape[1])
     ]
@@ -75,14 +76,15 @@ def choose(layers: Mapping[int, Captured], film: Span, needles: Sequence[Span]) 
     return layer_index, head
 
 
-def _score(weight: Tensor, film: Span, needles: Sequence[Span]) -> float:
+def _score(weight: Tensor, film: Span, needles: Sequence[Span], focus: int) -> float:
     if not needles:
         inside = weight[:, film[0] + 64 : film[1]].mean(0).sort(descending=True).values
         return float(inside[: max(1, len(inside) // 100)].sum())
     total = 0.0
     for start, end in needles:
         later = weight[min(end // STRIDE + 1, len(weight) - 1) :, film[0] + start : film[0] + end]
-        total += float(later.sum(1).mean().sqrt())  # the root prefers many needles to one
+        # The root prefers many needles to one.
+        total += (2 if start <= focus < end else 1) * float(later.sum(1).mean().sqrt())
     return total
 
 
@@ -96,7 +98,7 @@ def draw(
         focus: token of the film around which the part lies.
         rule: the arguments of `vecattention.select`.
     """
-    index, head = choose(layers, film, needles)
+    index, head = choose(layers, film, needles, focus)
     layer = layers[index]
     selection = select(layer.query[:1], layer.key[:1], rule, layer.scaling)
     block, tokens = selection.block, film[1] - film[0]

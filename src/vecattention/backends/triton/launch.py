@@ -44,12 +44,13 @@ def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectSh
 
 
 def attend_shape(block: int, head_dim: int, dtype: torch.dtype) -> AttendShape:
-    """The launch shape of the attention over gathered keys."""
+    """The launch shape of the attention over gathered keys: in half precision up to head_dim 128 none that spills."""
     if dtype == torch.float32:
         return AttendShape(step=32 if head_dim > 64 else 64, warps=8 if block > 32 else 4, stages=1)
     if head_dim > 128:
         return AttendShape(step=32, warps=8, stages=2)
-    return AttendShape(warps=8 if block > 64 else 4)
+    narrow = block > 64 or (head_dim > 64 and block > 16)
+    return AttendShape(step=32 if narrow else 64, warps=8 if block > 64 else 4)
 
 
 def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor:

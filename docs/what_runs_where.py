@@ -7,7 +7,10 @@ python docs/what_runs_where.py --write    puts it into README.md
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -16,13 +19,18 @@ from vecattention.spec import Problem
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+FP16, HALF = torch.float16, (torch.bfloat16, torch.float16)
 PLACES = {
-    "CPU, float32, bfloat16, float16": ("cpu", (torch.float32, torch.bfloat16, torch.float16)),
-    "CPU, float64": ("cpu", (torch.float64,)),
-    "NVIDIA GPU from compute capability 8.0 on, bfloat16, float16": ("cuda", (torch.bfloat16, torch.float16)),
-    "NVIDIA GPU from compute capability 8.0 on, float32": ("cuda", (torch.float32,)),
-    "NVIDIA GPU, float64": ("cuda", (torch.float64,)),
+    "CPU, float32, bfloat16, float16": ("cpu", None, (torch.float32, *HALF)),
+    "CPU, float64": ("cpu", None, (torch.float64,)),
+    "H100, H200 (compute capability 9.0), bfloat16, float16": ("cuda", (9, 0), HALF),
+    "other NVIDIA GPU from compute capability 8.0 on, bfloat16, float16": ("cuda", (8, 0), HALF),
+    "NVIDIA GPU from compute capability 8.0 on, float32": ("cuda", (9, 0), (torch.float32,)),
+    "older NVIDIA GPU, float16": ("cuda", (7, 5), (FP16,)),
+    "NVIDIA GPU, float64": ("cuda", (9, 0), (torch.float64,)),
 }
+"""Device, compute capability and types of each row; the capability is what the backends are told, GPU or not."""
+
 HEADS, LENGTH, DIM = 8, 4096, 128
 
 
@@ -30,12 +38,23 @@ def table() -> str:
     """The table in Markdown: a place and its types in each row, a backend in each column."""
     head = ["tensors", *(f"`{name}`" for name in dispatch.BACKENDS), '`backend="auto"` takes']
     rows = [head, ["---"] * len(head)]
-    for place, (device, dtypes) in PLACES.items():
+    for place, (device, capability, dtypes) in PLACES.items():
         problems = [problem(device, dtype) for dtype in dtypes]
-        runs = {name: not any(dispatch.why_not(name, p) for p in problems) for name in dispatch.BACKENDS}
+        with told(capability):
+            runs = {name: not any(dispatch.why_not(name, p) for p in problems) for name in dispatch.BACKENDS}
         first = next((f"`{name}`" for name, yes in runs.items() if yes), "-")
         rows.append([place, *("yes" if yes else "-" for yes in runs.values()), first])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+@contextmanager
+def told(capability: tuple[int, int] | None) -> Iterator[None]:
+    """A machine whose GPU has this compute capability, as far as a backend can ask."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=capability is not None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+    ):
+        yield
 
 
 def problem(device: str, dtype: torch.dtype) -> Problem:

@@ -7,7 +7,7 @@ divided by, so that every score is a float32 number and a tie is a real tie.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +16,25 @@ from torch import Tensor
 
 SIZES = (16, 32, 64, 128)
 DIMS = (16, 32, 64, 80, 96, 128, 256)
+HEADS = ((1, 1, 1), (1, 1, 3), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1))
+"""Batch, KV heads and query heads to each of them."""
 LAYOUTS = ("contiguous", "tokens first", "every other row", "expanded heads", "columns apart")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Problem:
     """One call: its tensors, the keyword arguments of `select`, and what they mean in numbers."""
 
-    query: Tensor = field(repr=False)
-    key: Tensor = field(repr=False)
-    value: Tensor = field(repr=False)
+    query: Tensor
+    key: Tensor
+    value: Tensor
     shape: str
     arguments: dict[str, Any]
     exact: bool
     seed: int
+
+    def __repr__(self) -> str:
+        return f"Problem({self.shape}, {self.arguments}, exact={self.exact}, seed={self.seed})"
 
     @property
     def block(self) -> int:
@@ -76,9 +81,10 @@ def thresholds(draw: st.DrawFn, batch: int, heads: int, ties: bool) -> float | T
 
 @st.composite
 def problems(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = (torch.float32,), exact: bool = False,
-             dims: tuple[int, ...] = DIMS, most: int = 280) -> Problem:  # fmt: skip
+             dims: tuple[int, ...] = DIMS, blocks: tuple[int, ...] = tuple(range(16, 129, 16)),
+             heads: tuple[tuple[int, int, int], ...] = HEADS, most: int = 280) -> Problem:  # fmt: skip
     """A `Problem` of up to ``most`` queries and half as many keys more (causal), or 1.5 times as many (non-causal)."""
-    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (1, 1, 3), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 3, 1)]))
+    batch, kv_heads, group = draw(st.sampled_from(heads))
     causal = draw(st.booleans())
     pool = draw(st.sampled_from(SIZES))
     q_len = draw(lengths(most))
@@ -94,7 +100,7 @@ def problems(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = (torch.float3
     arguments = dict(
         threshold=draw(thresholds(batch, kv_heads * group, ties=exact)),
         q_pooling_size=pool,
-        q_block_size=draw(st.sampled_from([None, *range(pool, 129, pool)])),
+        q_block_size=draw(st.sampled_from([None, *(n for n in blocks if n % pool == 0)])),
         k_local_size=draw(st.sampled_from([n for n in SIZES if n <= pool])),
         group_k_block=draw(st.sampled_from([1, 2, 3, 5, 16, 8192])),
         max_scope=draw(st.sampled_from(["window", "row"])),

@@ -24,8 +24,9 @@ def run(pieces: Iterable[Piece]) -> None:
     """
     threads = torch.get_num_threads()
     if threads == 1 or not _thread_counts_are_per_thread():
-        for piece in pieces:
-            piece()
+        with torch.no_grad():
+            for piece in pieces:
+                piece()
         return
     queue = list(pieces)
     crew = _Crew(iter(queue), min(threads, len(queue)), torch.is_inference_mode_enabled())

@@ -17,7 +17,7 @@ from torch import Tensor
 from vecattention import bits, spec, workers
 
 SLAB = 2**19  # scores or bits held at once by a thread: 2 MiB in float32, what its cache holds
-FEWEST = 16  # rows and keys of a product: smaller ones take another path in BLAS, with other rounding
+ROWS, COLUMNS = 16, 48  # a product has whole multiples of them: BLAS rounds otherwise in what is left over
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CPU = torch.device("cpu")
 
@@ -132,11 +132,20 @@ def _select_slab(query: Tensor, keys: Tensor, alpha: float, rule: spec.Rule, par
 
 def _product(pooled: Tensor, keys: Tensor) -> Tensor:
     """[n, D] @ [m, D]^T; the rounding of an entry does not depend on n and m."""
-    return torch.matmul(_at_least(FEWEST, pooled), _at_least(FEWEST, keys).mT)[: pooled.shape[0], : keys.shape[0]]
+    rows, columns = pooled.shape[0], keys.shape[0]
+    whole = columns - columns % COLUMNS
+    pooled = _whole(ROWS, pooled)
+    scores = pooled.new_empty(pooled.shape[0], columns)
+    if whole:
+        torch.mm(pooled, keys[:whole].mT, out=scores[:, :whole])
+    if whole < columns:
+        scores[:, whole:] = torch.mm(pooled, _whole(COLUMNS, keys[whole:]).mT)[:, : columns - whole]
+    return scores[:rows]
 
 
-def _at_least(rows: int, x: Tensor) -> Tensor:
-    return x if x.shape[0] >= rows else F.pad(x, (0, 0, 0, rows - x.shape[0]))
+def _whole(unit: int, x: Tensor) -> Tensor:
+    """x [n, D] with rows of zeros up to a multiple of ``unit``."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % unit)) if x.shape[0] % unit else x
 
 
 def _passes(scores: Tensor, alpha: float, rule: spec.Rule) -> Tensor:

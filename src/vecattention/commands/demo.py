@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vecattention.commands import generation
 from vecattention.commands.rules import add_rule, rule_of
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--model", type=Path, metavar="DIR", help="a Qwen2.5-VL checkpoint directory (the small one)")
     own.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     own.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
+    generation.add_options(parser)
     add_rule(parser, threshold=0.9)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration, print its tables and write its files."""
+    if args.generate:
+        return generation.run(args)
     from vecattention.demo.settings import check
 
     settings = settings_of(args)

@@ -65,7 +65,7 @@ def check(settings: Settings) -> None:
     Raises:
         ValueError: a value that cannot serve, with what was wanted and what to do.
     """
-    _check_out(settings.out)
+    check_out(settings.out)
     if bool(settings.questions) != (settings.video is not None):
         given, other = ("--question", "--video") if settings.questions else ("--video", "--question")
         raise ValueError(f"{given} came without {other}, wanted both; a made film is asked about its own needles")
@@ -85,10 +85,15 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--seed is {settings.seed}, wanted 0 to {SEEDS - 1}; pick another")
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype is {settings.dtype!r}, wanted one of {', '.join(DTYPES)}; float32 is right on a CPU")
-    _check_device(settings.device)
+    check_device(settings.device)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse an output folder that cannot be made.
+
+    Raises:
+        ValueError: it is a file, or lies below one.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is {str(out)!r}, wanted a folder; that is a file: name another, or remove it")
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
@@ -96,7 +101,12 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out is {str(out)!r}, wanted a folder; {str(parent)!r} is a file: name another")
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        ValueError: neither cpu nor cuda, or cuda where torch sees no GPU.
+    """
     import torch
 
     if device not in ("cpu", "cuda"):

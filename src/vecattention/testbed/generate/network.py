@@ -97,6 +97,7 @@ def build(sizes: Sizes, seed: int = 0) -> Parts:
             in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=8,
             scale_factor_temporal=4,
         )  # fmt: skip
+        _start(vae)
         transformer = WanTransformer3DModel(
             patch_size=(1, 1, 1), num_attention_heads=sizes.heads, attention_head_dim=sizes.width // sizes.heads,
             in_channels=sizes.channels, out_channels=sizes.channels, text_dim=sizes.text, freq_dim=128,
@@ -108,6 +109,29 @@ def build(sizes: Sizes, seed: int = 0) -> Parts:
     )
     return Parts(vae, transformer, text_encoder, tokenizer(), scheduler)
 
+
+def _start(vae: Any) -> None:
+    """Weights from which the autoencoder learns fast: convolutions that keep the size of what they are given, residual
+    branches that begin as nothing, and latents with little noise. With PyTorch's own it learns greys alone for long."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock
+
+    for part in vae.modules():
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            torch.nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+            if part.bias is not None:
+                torch.nn.init.zeros_(part.bias)
+    for part in vae.modules():
+        if isinstance(part, WanResidualBlock):
+            torch.nn.init.zeros_(part.conv2.weight)
+        if isinstance(part, WanAttentionBlock):
+            torch.nn.init.zeros_(part.proj.weight)
+    channels = vae.config.z_dim
+    torch.nn.init.zeros_(vae.quant_conv.weight[channels:])
+    torch.nn.init.constant_(vae.quant_conv.bias[channels:], LOG_VARIANCE)
+
+
+LOG_VARIANCE = -6.0
+"""Of the latents' noise before training."""
 
 SHIFT = 3.0
 """How far noise levels are shifted towards noise, in training and generation."""
@@ -196,6 +220,11 @@ def load(
     from diffusers import AutoencoderKLWan, WanPipeline
 
     folder = SHIPPED if path is None else Path(path)
+    if path is None and not folder.is_dir():
+        raise ModelError(
+            "path is None, wanted the trained generator of the package, which this copy lacks; pass the directory of a "
+            "Wan pipeline, or train one with python -m vecattention.testbed.generate.train"
+        )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"path is {str(folder)!r}, wanted the directory of a Wan pipeline, with model_index.json")
     try:

@@ -77,7 +77,8 @@ def _mask(selection: spec.Selection) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    """In float32 or wider, and contiguous, so that strides do not change how BLAS rounds."""
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
 def _grouped(rows: Tensor, matrix: Tensor) -> Tensor:

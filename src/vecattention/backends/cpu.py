@@ -75,27 +75,32 @@ def _attend_slab(query: Tensor, key: Tensor, value: Tensor, words: Tensor, selec
     """Attention of a range of blocks of one head: query and out [Sq, D], key and value [Sk, D], words [blocks, W]."""
     offset = selection.k_len - selection.q_len if selection.causal else 0
     end = min(part.stop * selection.block, selection.q_len) + offset if selection.causal else selection.k_len
-    for g, index in enumerate(_lists(words[part], end), start=part.start):
+    lists = _lists(words[part], end)
+    room = torch.empty(max(index.numel() for index in lists), key.shape[1], dtype=_wide(key[:0]).dtype, device=CPU)
+    for g, index in enumerate(lists, start=part.start):
         rows = slice(g * selection.block, min((g + 1) * selection.block, selection.q_len))
         first = rows.start + offset if selection.causal else selection.k_len
-        _attend_block(query[rows], key, value, index, first, scale, out[rows], lse[rows])
+        _attend_block(query[rows], key, value, index, first, scale, room[: index.numel()], out[rows], lse[rows])
 
 
-def _attend_block(query: Tensor, key: Tensor, value: Tensor, index: Tensor, first: int, scale: float,
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, index: Tensor, first: int, scale: float, room: Tensor,
                   out: Tensor, lse: Tensor) -> None:  # fmt: skip
-    """Rows at positions first, first + 1, ... attend the keys at ``index`` (ascending) up to their own position."""
+    """Rows at positions first, first + 1, ... attend the keys at ``index`` (ascending) up to their own position.
+
+    ``room`` [n, D] holds the gathered keys, and then the gathered values.
+    """
     if not index.numel():
         out.zero_()
         lse.fill_(-torch.inf)
         return
-    logits = (_rows(query) * scale) @ _wide(key.index_select(0, index)).mT
+    logits = (_rows(query) * scale) @ _gather(key, index, room).mT
     past = int(torch.searchsorted(index, first, right=True))
     if past < index.numel():
         position = torch.arange(first, first + query.shape[0], device=CPU)
         logits[:, past:].masked_fill_(index[past:] > position[:, None], -torch.inf)
     top = logits.amax(dim=-1)
     weight = logits.softmax(dim=-1)
-    out.copy_(weight @ _wide(value.index_select(0, index)))
+    out.copy_(weight @ _gather(value, index, room))
     lse.copy_(top - weight.amax(dim=-1).log())  # the largest weight is exp(top - lse)
     if not past:  # only then can a row see nothing
         empty = top == -torch.inf
@@ -103,11 +108,18 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, index: Tensor, firs
         lse.masked_fill_(empty, -torch.inf)
 
 
-def _lists(words: Tensor, end: int) -> Iterator[Tensor]:
+def _gather(x: Tensor, index: Tensor, room: Tensor) -> Tensor:
+    """The rows of x at ``index``, wide, in ``room``."""
+    if x.dtype == room.dtype:
+        return torch.index_select(x, 0, index, out=room)
+    return room.copy_(x.index_select(0, index))
+
+
+def _lists(words: Tensor, end: int) -> tuple[Tensor, ...]:
     """Ascending positions below ``end`` of the keys of each block, int64; words [blocks, W]."""
     kept = bits.unpack(words[:, : bits.words_for(end)], end)
     flat = kept.flatten().nonzero().squeeze(-1).remainder_(end)
-    yield from flat.split(kept.sum(dim=-1).tolist())
+    return torch.split(flat, kept.sum(dim=-1).tolist())
 
 
 def _select_slab(query: Tensor, keys: Tensor, alpha: float, rule: spec.Rule, part: slice, words: Tensor) -> None:
@@ -162,7 +174,7 @@ def _passes(scores: Tensor, alpha: float, rule: spec.Rule) -> Tensor:
     running = F.pad(tops, (0, -tops.shape[1] % group), value=-torch.inf).unflatten(1, (-1, group))
     running = torch.cummax(running, dim=-1)[0].flatten(1)[:, : tops.shape[1], None]
     running.clamp_min_(torch.finfo(scores.dtype).min)
-    return torch.ge(tiles + alpha, running).flatten(1)[:, :keys]
+    return torch.ge(tiles.add_(alpha), running).flatten(1)[:, :keys]
 
 
 def _force(kept: Tensor, start: Tensor, seen: int, pool: int) -> None:

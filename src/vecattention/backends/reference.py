@@ -27,7 +27,9 @@ def why_not(problem: spec.Problem) -> tuple[str, ...]:
 def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor:
     """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
     q_len, k_len, pool = query.shape[2], key.shape[2], rule.q_pooling_size
-    score = rule.scale * _grouped(pooled_queries(query, pool), _wide(key).mT)
+    pooled = pooled_queries(query, pool)
+    # In float64 and rounded once: equal keys then tie wherever BLAS computes them, at any number of threads.
+    score = (rule.scale * _grouped(pooled.double(), key.double().mT)).to(pooled.dtype)
     position = torch.arange(k_len, device=query.device)
     start = torch.arange(score.shape[2], device=query.device)[:, None] * pool + (k_len - q_len)
     candidate = (position >= pool) & (position < start) if rule.causal else torch.ones_like(position, dtype=torch.bool)

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vecattention.evals.fidelity import show
     from vecattention.evals.fidelity.records import Records
+    from vecattention.evals.fidelity.samples import fingerprint
     from vecattention.evals.fidelity.study import Plan, study
 
     samples, data = _samples(args)
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with _Progress() as progress:
         written = study(samples, records, plan, progress.step)
-    rows = [row for row in records if row["key"]["data"] == data]
+    mark = fingerprint(samples)
+    rows = [row for row in records if row["key"]["fingerprint"] == mark and row["key"]["data"] == data]
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in show.tables(rows):
         console.print(table)

@@ -63,7 +63,7 @@ def synthetic(
     """One sample of 8 query heads on 4 key heads, float32.
 
     Args:
-        seed: all else equal, the same seed gives the same sample.
+        seed: all else equal, the same seed gives the same sample; bit for bit with the same number of torch's threads.
         frames, height, width: of the video, in tokens: frames * height * width of them.
         dim: head size, at least 64.
         causal: a causal sample with text around the video, or the video alone.

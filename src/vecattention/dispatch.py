@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from vecattention import bits, spec
+from vecattention import bits, profile, spec
 
 BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
 POOLED_ROWS = 128
@@ -34,6 +34,7 @@ class Explanation:
         chunk_size: queries handled at once.
         workspace: bytes of selection bits that a chunk holds.
         problem: the shapes, dtype and device asked about.
+        crossovers: what the GPU's profile knows of the lengths from which on such calls are faster than dense ones.
     """
 
     backend: str | None
@@ -41,6 +42,7 @@ class Explanation:
     chunk_size: int
     workspace: int
     problem: spec.Problem
+    crossovers: tuple[profile.Crossover, ...] = ()
 
     def __str__(self) -> str:
         p, rule = self.problem, self.problem.rule
@@ -54,7 +56,21 @@ class Explanation:
         ]
         for name, why in self.reasons.items():
             lines.append(f"{name:<10} {'could run it' if not why else 'cannot: ' + '; '.join(why)}")
+        if p.device.type == "cuda":
+            lines.append(f"dense      {self._dense()}")
         return "\n".join(lines)
+
+    def _dense(self) -> str:
+        """Whether a dense kernel would be faster; `vec_attention` never takes one by itself, `apply` does."""
+        if not self.crossovers:
+            return "whether it is faster is not measured on this GPU; vecattention bench tune does"
+        keys = self.problem.k_len
+        said = [
+            f"{'slower' if c.k_len is not None and keys >= c.k_len else 'faster'} at {100 * c.density:.3g} % density "
+            f"(crossover {c.k_len or 'beyond what was measured'})"
+            for c in self.crossovers
+        ]
+        return f"with {keys} keys a dense kernel is " + ", ".join(said)
 
 
 def load(name: str) -> Backend:
@@ -116,6 +132,27 @@ def bytes_per_block(problem: spec.Problem) -> int:
     return problem.batch * problem.heads * bits.words_for(problem.k_len) * 4
 
 
+def workspace(problem: spec.Problem, chunk: int) -> int:
+    """Bytes that a chunk of so many queries takes beside the tensors and the output: bits and pooled queries."""
+    rule, rows = problem.rule, min(chunk, problem.q_len)
+    pooled = -(-rows // rule.q_pooling_size) * problem.batch * problem.heads * (problem.head_dim * 4 + 4)
+    return -(-rows // rule.q_block_size) * bytes_per_block(problem) + pooled
+
+
+def out_of_memory(problem: spec.Problem, chunk: int, free: int) -> str:
+    """What to say when a device has no room for a chunk and ``free`` bytes are left on it."""
+    block = problem.rule.q_block_size
+    fits = int(0.8 * free) // max(workspace(problem, block), 1) * block  # the allocator's rounding has to fit, too
+    said = (
+        f"{problem.device} has {free / 2**20:.0f} MiB free; chunk_size={chunk} wants about "
+        f"{workspace(problem, chunk) / 2**20:.0f} MiB beside query, key, value and output"
+    )
+    remedy = (
+        f"chunk_size={min(fits, chunk)} would fit" if 0 < fits < chunk else "free memory, or handle fewer heads at once"
+    )
+    return f"{said}; {remedy}"
+
+
 def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation:
     """The `Explanation` of a problem: nothing is computed."""
     check(backend)
@@ -124,4 +161,6 @@ def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation
     chosen = next((name for name, why in reasons.items() if not why), None)
     chunk = chunk_for(problem, chunk_size)
     blocks = -(-min(chunk, problem.q_len) // problem.rule.q_block_size)
-    return Explanation(chosen, reasons, chunk, blocks * bytes_per_block(problem), problem)
+    known = [c for c in profile.of(problem.device).crossovers if c.causal == problem.rule.causal]
+    crossovers = tuple(sorted(known, key=lambda c: c.density))
+    return Explanation(chosen, reasons, chunk, blocks * bytes_per_block(problem), problem, crossovers)

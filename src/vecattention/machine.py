@@ -46,6 +46,14 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that torch can still give out, its own cache included; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def facts() -> dict[str, Any]:
     """All of it, JSON-ready: what a record of a measurement holds about where it was made."""
     return {

@@ -5,12 +5,14 @@ Each verb is a `torch.library` operator, so that `torch.compile(fullgraph=True)`
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vecattention import bits, checks, dispatch, spec, targets
+from vecattention import bits, checks, dispatch, machine, spec, targets
 from vecattention.spec import Problem, Rule, Selection
 
 
@@ -288,10 +290,10 @@ def _vec_attention(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kin
     rule = Rule(pool, block, tile, group, scope, causal, scale)
     problem = Problem.of(query, key, rule)
     chosen = dispatch.choose(backend, problem)
-    out, lse = _outputs(query)
-    kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
     size = dispatch.chunk_for(problem, chunk)
-    with _own_dtypes(query):
+    with _memory(problem, size), _own_dtypes(query):
+        out, lse = _outputs(query)
+        kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
         alpha = _alpha(query, key, limit, kind, rule)
         for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, size, causal):
             q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
@@ -316,6 +318,16 @@ def _alpha(query: Tensor, key: Tensor, limit: Tensor, kind: str, rule: Rule) -> 
     if kind == "threshold":
         return checks.alpha(limit, query.shape[0], query.shape[1], query.device)
     return targets.alpha_for(query, key, checks.values(limit, kind), kind, rule)
+
+
+@contextlib.contextmanager
+def _memory(problem: Problem, chunk: int) -> Iterator[None]:
+    """Where a GPU runs out of memory, say how much a chunk needs and which size would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = dispatch.out_of_memory(problem, chunk, machine.free_memory(problem.device))
+        raise torch.OutOfMemoryError(f"vec_attention: {said}") from error
 
 
 def _own_dtypes(query: Tensor) -> torch.autocast:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vecattention import checks, dispatch, ops
+from vecattention import checks, dispatch, ops, profile
 from vecattention.thresholds import SETTINGS, ThresholdTable
 
 PUBLISHED_THRESHOLD = 0.9
@@ -64,8 +64,11 @@ def settings_of(
     backend: str = "auto",
     min_length: int | None = None,
     vision_span: str | tuple[int, int] | None = None,
+    device: torch.device | None = None,
 ) -> Settings:
     """The `Settings` of these arguments for a model of so many layers and query heads.
+
+    ``device`` is the model's: min_length None then takes the crossover of its profile, where that is measured.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or a table made for something else.
@@ -82,9 +85,14 @@ def settings_of(
     dispatch.check(backend)
     checks.chunk_size(chunk_size)
     limit = None if table is not None else _threshold(threshold, heads)
-    length = 2 * rule.q_pooling_size + 1 if min_length is None else _length(min_length)
+    length = max(2 * rule.q_pooling_size + 1, pays_from(device, True)) if min_length is None else _length(min_length)
     kept = {name: getattr(rule, name) for name in given}
     return Settings(limit, table, kept, backend, chunk_size, length, _vision(vision_span))
+
+
+def pays_from(device: torch.device | None, causal: bool) -> int:
+    """Keys from which on sparse calls are the faster ones on this device; 0 where that is not known."""
+    return (device is not None and profile.of(device).pays_from(causal)) or 0
 
 
 def _threshold(value: float | Tensor | None, heads: int) -> Tensor:

@@ -98,7 +98,7 @@ def apply(
         layers=text.config.num_hidden_layers, heads=text.config.num_attention_heads, threshold=threshold, table=table,
         q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
         group_k_block=group_k_block, max_scope=max_scope, chunk_size=chunk_size, backend=backend,
-        min_length=min_length, vision_span=vision_span,
+        min_length=min_length, vision_span=vision_span, device=text.device,
     )  # fmt: skip
     vision = VisionSpans(marks_of(whole.config)) if settings.vision == AUTO else None
     return _running(whole, text, Run(settings, None if vision is None else vision.spans), vision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vecattention import bits, spec
+from vecattention import bits, profile, spec
 from vecattention.backends.hopper.attend import attend_kernel
 from vecattention.backends.hopper.select import select_kernel
 
@@ -22,13 +23,19 @@ REGISTERS = 168  # per thread before the roles take their shares: 384 threads fi
 
 @dataclass(frozen=True)
 class AttendShape:
-    """Keys per tile, tiles in flight, registers of a consumer's and the loader's thread, programs (None: one an SM)."""
+    """Keys per tile, tiles in flight, registers of a consumer's and the loader's thread, programs (0: one an SM)."""
 
     step: int = 128
     stages: int = 3
     consumer_registers: int = 216
     loader_registers: int = 72
-    programs: int | None = None
+    programs: int = 0
+
+    def __post_init__(self) -> None:
+        _among("step", self.step, (64, 128))
+        _among("stages", self.stages, range(2, 9))
+        _shares(self.consumer_registers, self.loader_registers)
+        _among("programs", self.programs, range(2**16))
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,27 @@ class SelectShape:
     stages: int = 4
     consumer_registers: int = 208
     loader_registers: int = 88
+
+    def __post_init__(self) -> None:
+        _among("span", self.span, range(TILE, 2**24, TILE))
+        _among("stages", self.stages, range(2, 9))
+        _shares(self.consumer_registers, self.loader_registers)
+
+
+def _among(name: str, value: int, wanted: Sequence[int]) -> None:
+    if value not in wanted:
+        shown = wanted if len(wanted) < 9 else f"{wanted[0]}, {wanted[1]}, ... {wanted[-1]}"
+        raise ValueError(f"{name} is {value}, wanted one of {shown}; correct the launch shape")
+
+
+def _shares(consumer: int, loader: int) -> None:
+    """Two consumers and a loader of 128 threads each share what 384 threads of `REGISTERS` have."""
+    whole = all(x % 8 == 0 and 24 <= x <= 240 for x in (consumer, loader))
+    if not whole or 2 * consumer + loader > 3 * REGISTERS:
+        raise ValueError(
+            f"consumer_registers and loader_registers are {consumer} and {loader}, wanted multiples of 8 from 24 to "
+            f"240 with 2 * consumer + loader <= {3 * REGISTERS}; lower one of them"
+        )
 
 
 @triton.jit
@@ -79,10 +107,10 @@ def count_kernel(WORDS, COUNTS, width, blocks, lists, rows, q_len, k_len, CAUSAL
     tl.store(COUNTS + tl.program_id(0), tl.sum(total, 0))
 
 
-def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule,
-           shape: SelectShape = SelectShape()) -> Tensor:  # fmt: skip
+def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: SelectShape | None = None) -> Tensor:
     """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
     batch, heads, q_len, dim = query.shape
+    shape = shape or profile.of(query.device).shape(f"hopper.{select_kind(rule.causal)}", SelectShape())
     query, key = _aligned(query), _aligned(key)
     k_len, pool, row_scope = key.shape[2], rule.q_pooling_size, rule.max_scope == "row"
     rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
@@ -115,11 +143,13 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule,
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection, scale: float,
-           out: Tensor, lse: Tensor, shape: AttendShape = AttendShape()) -> None:  # fmt: skip
+           out: Tensor, lse: Tensor, shape: AttendShape | None = None) -> None:  # fmt: skip
     """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
     batch, heads, q_len, dim = query.shape
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     words, lists, pair = selection.words.contiguous(), selection.blocks, selection.block != BLOCK
+    kind = attend_kind(pair, selection.causal)
+    shape = shape or profile.of(query.device).shape(f"hopper.{kind}", AttendShape())
     blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
     programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
@@ -138,6 +168,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
             CONSUMER_REGS=shape.consumer_registers, LOADER_REGS=shape.loader_registers, num_warps=4,
             maxnreg=REGISTERS,
         )  # fmt: skip
+
+
+def select_kind(causal: bool) -> str:
+    """The name of a profile's launch shape for this kind of selection."""
+    return "select_causal" if causal else "select"
+
+
+def attend_kind(pair: bool, causal: bool) -> str:
+    """The name of a profile's launch shape for this kind of attention; ``pair``: over lists of 64 rows."""
+    return "attend" + ("_pairs" if pair else "") + ("_causal" if causal else "")
 
 
 def _cut(rule: spec.Rule, k_len: int, span: int) -> tuple[int, int]:

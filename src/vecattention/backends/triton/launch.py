@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vecattention import bits, spec
+from vecattention import bits, profile, spec
 from vecattention.backends.triton.attend import attend_kernel
 from vecattention.backends.triton.select import pool_kernel, select_kernel
 
@@ -24,6 +24,9 @@ class SelectShape:
     warps: int = 4
     stages: int = 3
 
+    def __post_init__(self) -> None:
+        _powers(self, {"rows": 16, "step": 16, "segment": 64, "warps": 1})
+
 
 @dataclass(frozen=True)
 class AttendShape:
@@ -33,6 +36,20 @@ class AttendShape:
     words: int = 64
     warps: int = 4
     stages: int = 3
+
+    def __post_init__(self) -> None:
+        _powers(self, {"step": 16, "words": 1, "warps": 1})
+
+
+def _powers(shape: SelectShape | AttendShape, least: dict[str, int]) -> None:
+    for name, low in least.items():
+        value = getattr(shape, name)
+        if value < low or value & (value - 1):
+            raise ValueError(f"{name} is {value}, wanted a power of 2, at least {low}; correct the launch shape")
+    if not (shape.warps <= 16 and 1 <= shape.stages <= 8):
+        raise ValueError(
+            f"warps and stages are {shape.warps} and {shape.stages}, wanted at most 16 and 1 to 8; correct the shape"
+        )
 
 
 def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectShape:
@@ -53,12 +70,12 @@ def attend_shape(block: int, head_dim: int, dtype: torch.dtype) -> AttendShape:
     return AttendShape(step=32 if narrow else 64, warps=8 if block > 64 else 4)
 
 
-def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor:
+def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: SelectShape | None = None) -> Tensor:
     """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
     batch, heads, q_len, dim = query.shape
     k_len, pool = key.shape[2], rule.q_pooling_size
     query, key = _unit_stride(query), _unit_stride(key)
-    shape = select_shape(rule, dim, query.dtype)
+    shape = shape or select_shape(rule, dim, query.dtype)
     plan = _Segments.of(rule, k_len, shape)
     rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
     pooled = torch.empty((batch, heads, rows, dim), dtype=torch.float32, device=query.device)
@@ -91,12 +108,14 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection, scale: float,
-           out: Tensor, lse: Tensor) -> None:  # fmt: skip
+           out: Tensor, lse: Tensor, shape: AttendShape | None = None) -> None:  # fmt: skip
     """Exact softmax attention over the selected keys; a row without keys gives 0 and -inf."""
     batch, heads, q_len, dim = query.shape
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     words = selection.words.contiguous()
-    shape = attend_shape(selection.block, dim, query.dtype)
+    if shape is None:
+        default = attend_shape(selection.block, dim, query.dtype)
+        shape = profile.of(query.device).shape(f"triton.{attend_kind(selection.block, dim, query.dtype)}", default)
     ring = triton.next_power_of_2(shape.words * bits.WORD + shape.step)
     rings = torch.empty((batch, heads, selection.blocks, ring), dtype=torch.int32, device=query.device)
     with _device(query):
@@ -108,6 +127,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
             SEGMENT=shape.words, RING=ring, CAUSAL=selection.causal, STAGES=shape.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=shape.warps,
         )  # fmt: skip
+
+
+def attend_kind(block: int, head_dim: int, dtype: torch.dtype) -> str:
+    """The name of a profile's launch shape for this kind of attention."""
+    return f"attend_r{block}_d{head_dim}_{'single' if dtype == torch.float32 else 'half'}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vecattention import checks
-from vecattention.integrations.settings import PUBLISHED_THRESHOLD, Settings, settings_of
+from vecattention.integrations.settings import PUBLISHED_THRESHOLD, Settings, pays_from, settings_of
 from vecattention.integrations.steps import Place, Schedule, schedule_of
 from vecattention.thresholds import BRANCHES, SETTINGS, ThresholdTable
 
@@ -101,9 +101,10 @@ def dit_settings_of(
                 raise ValueError(f"{name} is {value!r} beside a table, wanted one of the two; leave {name} out")
         table.check(layers, heads, causal=False, **asked)
         asked = {name: getattr(table, name) for name in SETTINGS if name != "causal"}
+    # A pipeline may still lie in the CPU's memory when it is switched: it will run on the GPU, if there is one.
+    known = pays_from(torch.device("cuda"), causal=False) if min_length is None else min_length
     base = settings_of(
-        layers=layers, heads=heads, chunk_size=chunk_size, backend=backend,
-        min_length=0 if min_length is None else min_length, **asked,
+        layers=layers, heads=heads, chunk_size=chunk_size, backend=backend, min_length=known, **asked
     )  # fmt: skip
     if table is not None:
         return DitSettings(base, schedule, table=table)

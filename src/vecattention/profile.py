@@ -1,0 +1,207 @@
+"""What was measured on a GPU: launch shapes of the kernels, and from which length on a sparse call is the faster one.
+
+A profile is a JSON file for one GPU. Those in ``vecattention/profiles`` ship with the package; the environment variable
+``VECATTENTION_PROFILE`` names another one, such as ``vecattention bench tune`` writes. Without one the kernels' own
+defaults serve: a profile changes how fast a call is, never its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Shape = TypeVar("Shape", bound="DataclassInstance")
+
+SCHEMA = 1
+VARIABLE = "VECATTENTION_PROFILE"
+SHIPPED = Path(__file__).parent / "profiles"
+
+logger = logging.getLogger(__name__)
+
+
+class ProfileError(ValueError):
+    """A profile file that cannot be used; the message names the file, what is wrong and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """The least measured length from which on a call of this kind took no longer than the fastest dense kernel.
+
+    Attributes:
+        causal: the kind of call.
+        density: kept pairs over all allowed pairs, up to which this holds.
+        k_len: keys; None: dense was faster at every measured length.
+    """
+
+    causal: bool
+    density: float
+    k_len: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What is known of one GPU.
+
+    Attributes:
+        gpu: its name, as torch gives it.
+        shapes: fields of a launch shape by kernel, such as {"hopper.attend": {"stages": 3}}; others have their default.
+        crossovers: measured ones.
+        source: where the figures come from.
+        path: the file; None for the empty profile.
+    """
+
+    gpu: str = ""
+    shapes: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    crossovers: tuple[Crossover, ...] = ()
+    source: str = ""
+    path: Path | None = None
+
+    def shape(self, kernel: str, default: Shape) -> Shape:
+        """The launch shape of a kernel: the default with the fields that the profile has for it.
+
+        Raises:
+            ProfileError: the profile has a field that the shape has not, or a value that it cannot take.
+        """
+        if kernel not in self.shapes:
+            return default
+        try:
+            return dataclasses.replace(default, **self.shapes[kernel])
+        except (TypeError, ValueError) as error:
+            raise ProfileError(_bad(self.path, f"shapes[{kernel!r}] does not fit: {error}")) from error
+
+    def pays_from(self, causal: bool, density: float = 0.5) -> int | None:
+        """Keys from which on calls of at most this density are the faster ones; None: not measured, or nowhere.
+
+        >>> Profile(crossovers=(Crossover(True, 0.2, 4096), Crossover(True, 0.5, 8192))).pays_from(True, 0.3)
+        8192
+        """
+        fits = [c for c in self.crossovers if c.causal == causal and c.density >= density]
+        return min(fits, key=lambda c: c.density).k_len if fits else None
+
+
+EMPTY = Profile()
+
+
+def of(device: torch.device) -> Profile:
+    """The profile of a device: the one that the environment names, the shipped one, or the empty one.
+
+    What a GPU without a profile runs with is said once, in a warning.
+
+    Raises:
+        ProfileError: the file that the environment names is none.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return EMPTY
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return for_gpu(_name(index), os.environ.get(VARIABLE) or None)
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return str(torch.cuda.get_device_name(index))
+
+
+@functools.cache
+def for_gpu(gpu: str, path: str | None = None) -> Profile:
+    """The profile for a GPU of this name; ``path``: the file to take if it is one for this GPU.
+
+    Raises:
+        ProfileError: the file at ``path`` is none.
+
+    Example:
+        >>> for_gpu("NVIDIA H100 80GB HBM3").gpu
+        'NVIDIA H100 80GB HBM3'
+    """
+    if path is not None:
+        given = read(Path(path))
+        if given.gpu == gpu:
+            return given
+        logger.warning("vecattention: %s is %s, a profile of %s; it is not used for %s", VARIABLE, path, given.gpu, gpu)
+    shipped = SHIPPED / f"{slug(gpu)}.json"
+    if shipped.is_file():
+        return read(shipped)
+    logger.warning(
+        "vecattention: there is no profile of %s; the default launch shapes are used, which are right but may be "
+        "slower than need be. `vecattention bench tune` measures one", gpu,
+    )  # fmt: skip
+    return EMPTY
+
+
+def slug(gpu: str) -> str:
+    """The file name for a GPU.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
+
+
+def read(path: Path) -> Profile:
+    """The profile in a file.
+
+    Raises:
+        ProfileError: there is no such file, or it holds something else.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProfileError(_bad(path, f"it cannot be read: {error}")) from error
+    if not isinstance(held, dict) or held.get("schema") != SCHEMA:
+        found = held.get("schema") if isinstance(held, dict) else None
+        raise ProfileError(_bad(path, f"its schema is {found!r}, wanted {SCHEMA}"))
+    gpu, shapes = held.get("gpu"), held.get("shapes", {})
+    if not isinstance(gpu, str) or not gpu:
+        raise ProfileError(_bad(path, f"gpu is {gpu!r}, wanted the name of one"))
+    if not isinstance(shapes, dict) or not all(_numbers(fields) for fields in shapes.values()):
+        raise ProfileError(_bad(path, f"shapes is {shapes!r}, wanted integers by field by kernel"))
+    return Profile(gpu, shapes, _crossovers(held.get("crossovers", []), path), str(held.get("source", "")), path)
+
+
+def as_json(profile: Profile) -> dict[str, Any]:
+    """What a profile's file holds.
+
+    >>> as_json(Profile("X"))
+    {'schema': 1, 'gpu': 'X', 'source': '', 'shapes': {}, 'crossovers': []}
+    """
+    return {
+        "schema": SCHEMA, "gpu": profile.gpu, "source": profile.source,
+        "shapes": {kernel: dict(fields) for kernel, fields in profile.shapes.items()},
+        "crossovers": [dataclasses.asdict(c) for c in profile.crossovers],
+    }  # fmt: skip
+
+
+def _numbers(fields: object) -> bool:
+    return isinstance(fields, dict) and all(isinstance(x, int) and not isinstance(x, bool) for x in fields.values())
+
+
+def _crossovers(held: object, path: Path) -> tuple[Crossover, ...]:
+    try:
+        if not isinstance(held, list):
+            raise TypeError("no list")
+        found = tuple(Crossover(**entry) for entry in held)
+        if any(type(c.causal) is not bool or not 0 < c.density <= 1 or not _length(c.k_len) for c in found):
+            raise ValueError("a value is out of range")
+    except (TypeError, ValueError) as error:
+        wanted = "a list of {causal: bool, density: 0..1, k_len: keys or null}"
+        raise ProfileError(_bad(path, f"crossovers is {held!r}, wanted {wanted} ({error})")) from error
+    return found
+
+
+def _length(k_len: object) -> bool:
+    return k_len is None or (type(k_len) is int and k_len > 0)
+
+
+def _bad(path: Path | None, what: str) -> str:
+    remedy = f"write it anew with `vecattention bench tune`, or unset {VARIABLE}"
+    return f"profile {str(path)!r} cannot be used: {what}; {remedy}"

@@ -1,0 +1,177 @@
+"""Profiles of GPUs: what a file may hold, which one is taken, what a damaged or foreign one leads to."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vecattention
+from vecattention import dispatch, profile
+from vecattention.integrations.settings import settings_of
+from vecattention.ops import rule_of
+from vecattention.profile import Crossover, Profile, ProfileError
+from vecattention.spec import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    step: int = 64
+    stages: int = 3
+
+    def __post_init__(self) -> None:
+        if self.step not in (64, 128):
+            raise ValueError(f"step is {self.step}, wanted 64 or 128")
+
+
+def write(path: Path, **held: Any) -> Path:
+    path.write_text(json.dumps({"schema": 1, "gpu": "Some GPU"} | held))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    profile.for_gpu.cache_clear()
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    made = Profile(
+        "Some GPU", {"k.attend": {"step": 128}}, (Crossover(True, 0.5, 4096), Crossover(False, 0.1, None)), "me"
+    )
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(profile.as_json(made)))
+    assert profile.read(path) == dataclasses.replace(made, path=path)
+    assert made.shape("k.attend", Shape()) == Shape(128, 3)
+    assert made.shape("k.other", Shape()) == Shape()
+
+
+def test_crossovers_are_of_the_next_higher_density() -> None:
+    known = Profile(
+        "g", crossovers=(Crossover(True, 0.5, 8192), Crossover(True, 0.1, 2048), Crossover(False, 0.5, None))
+    )
+    assert known.pays_from(True, 0.05) == 2048
+    assert known.pays_from(True, 0.1) == 2048
+    assert known.pays_from(True, 0.2) == 8192
+    assert known.pays_from(True, 0.6) is None
+    assert known.pays_from(False) is None
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("{", "it cannot be read"),
+        ("[]", "its schema is None, wanted 1"),
+        ('{"schema": 2, "gpu": "g"}', "its schema is 2, wanted 1"),
+        ('{"schema": 1}', "gpu is None, wanted the name of one"),
+        ('{"schema": 1, "gpu": "g", "shapes": {"a": {"step": "64"}}}', "wanted integers by field by kernel"),
+        ('{"schema": 1, "gpu": "g", "shapes": {"a": 3}}', "wanted integers by field by kernel"),
+        ('{"schema": 1, "gpu": "g", "crossovers": 7}', "wanted a list of"),
+        ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true}]}', "wanted a list of"),
+        ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true, "density": 2, "k_len": 5}]}', "out of range"),
+        ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true, "density": 0.1, "k_len": -5}]}', "out of range"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, held: str, said: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(held)
+    with pytest.raises(ProfileError, match=r"p\.json.*bench tune") as caught:
+        profile.for_gpu("g", str(path))
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="none.json' cannot be used: it cannot be read"):
+        profile.for_gpu("g", str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("fields", [{"step": 100}, {"colour": 3}])
+def test_shapes_that_do_not_fit_are_named(tmp_path: Path, fields: dict[str, int]) -> None:
+    found = profile.read(write(tmp_path / "p.json", shapes={"k.attend": fields}))
+    with pytest.raises(ProfileError, match=r"p\.json.*shapes\['k.attend'\] does not fit"):
+        found.shape("k.attend", Shape())
+
+
+def test_a_profile_of_another_gpu_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "p.json", shapes={"k.attend": {"step": 128}})
+    with caplog.at_level(logging.WARNING, "vecattention"):
+        for _ in range(2):
+            assert profile.for_gpu("Other GPU", str(path)) == profile.EMPTY
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2, "each thing once"
+    assert "a profile of Some GPU; it is not used for Other GPU" in said[0]
+    assert "no profile of Other GPU; the default launch shapes are used" in said[1]
+    assert profile.for_gpu("Some GPU", str(path)).shapes
+
+
+def test_shipped_profiles_fit_the_kernels() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    shipped = sorted(profile.SHIPPED.glob("*.json"))
+    assert shipped
+    for path in shipped:
+        found = profile.read(path)
+        assert path.stem == profile.slug(found.gpu) and found.source
+        for kernel in found.shapes:
+            backend, _, kind = kernel.partition(".")
+            launch = importlib.import_module(f"vecattention.backends.{backend}.launch")
+            default = launch.SelectShape() if kind.startswith("select") else launch.AttendShape()
+            found.shape(kernel, default)
+
+
+def test_a_cpu_has_no_profile() -> None:
+    assert profile.of(torch.device("cpu")) == profile.EMPTY
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """As on a machine with this GPU: the questions that `of` asks of torch."""
+    monkeypatch.setenv(profile.VARIABLE, str(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(profile, "_name", lambda index: "Some GPU")
+
+
+def test_models_stay_dense_below_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [{"causal": True, "density": 0.5, "k_len": 5000}, {"causal": False, "density": 0.5, "k_len": 9000}]
+    gpu(monkeypatch, write(tmp_path / "p.json", crossovers=known))
+    from vecattention.integrations.dit.settings import dit_settings_of
+
+    device = torch.device("cuda")
+    assert settings_of(layers=1, heads=2, device=device).min_length == 5000
+    assert settings_of(layers=1, heads=2, device=torch.device("cpu")).min_length == 129
+    assert settings_of(layers=1, heads=2, device=device, min_length=7).min_length == 7
+    assert dit_settings_of(layers=1, heads=2).base.min_length == 9000
+    assert dit_settings_of(layers=1, heads=2, min_length=0).base.min_length == 0
+
+
+def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [{"causal": True, "density": 0.5, "k_len": 8192}, {"causal": True, "density": 0.1, "k_len": 2048}]
+    gpu(monkeypatch, write(tmp_path / "p.json", crossovers=known))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    rule = rule_of(128, causal=True)
+    problem = Problem(1, 2, 2, 4096, 4096, 128, torch.bfloat16, torch.device("cuda"), rule)
+    said = str(dispatch.explain(problem, "auto", 0))
+    assert "with 4096 keys a dense kernel is slower at 10 % density (crossover 2048), faster at 50 %" in said
+    other = dataclasses.replace(problem, rule=rule_of(128, causal=False))
+    assert "not measured on this GPU; vecattention bench tune does" in str(dispatch.explain(other, "auto", 0))
+
+
+def test_too_little_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vecattention.backends import cpu
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    query = torch.randn(1, 2, 512, 32)
+    problem = Problem.of(query, query, rule_of(32))
+    monkeypatch.setattr(cpu, "select", full)
+    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: 2 * dispatch.workspace(problem, 64))
+    with pytest.raises(torch.OutOfMemoryError, match=r"chunk_size=512 wants about .* MiB .*; chunk_size=64 would fit"):
+        vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")
+    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: 0)
+    with pytest.raises(torch.OutOfMemoryError, match="has 0 MiB free.*free memory, or handle fewer heads"):
+        vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")

@@ -15,6 +15,7 @@ from vecattention.evals.fidelity.dense import dense
 from vecattention.evals.fidelity.records import Records
 from vecattention.evals.fidelity.samples import Sample, fingerprint, load, save
 from vecattention.evals.fidelity.synthetic import HEADS, KINDS, PREFIX, SINK, synthetic
+from vecattention.evals.fidelity.tables import of
 from vecattention.recall import recall
 
 
@@ -121,7 +122,7 @@ class TestRecords:
     @pytest.mark.parametrize("line", ["[]", '{"schema": 1}', "word", '{"schema": 9, "key": {}}'])
     def test_foreign_files_are_refused(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "rows.jsonl").write_text(line + "\n")
-        with pytest.raises(ValueError, match=r"line 1 of .*(is no row of a fidelity study|has schema 9, wanted 1)"):
+        with pytest.raises(ValueError, match=r"line 1 of .*(is no row of a fidelity study|has schema 9, wanted 2)"):
             Records(tmp_path / "rows.jsonl")
 
     def test_nothing_that_is_not_json_is_written(self, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ class TestStudy:
 
         with pytest.raises(KeyboardInterrupt):
             study.study([causal], records, self.PLAN, stop)
-        assert len(records) == 9
+        assert len(records) == 1 + 9  # where they were made, and they
         seen: list[tuple[int, int]] = []
         more = study.study(
             [causal], Records(records.path), self.PLAN, lambda done, total, _: seen.append((done, total))
@@ -246,23 +247,25 @@ class TestStudy:
         records = Records(tmp_path / "rows.jsonl")
         study.study([causal], records, self.PLAN, lambda *_: None)
         rows = list(records)
-        (run,) = show.of(rows, "run")
+        (run,) = of(rows, "run")
+        assert rows[0] is run
         assert run["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
-        (oracle,) = show.of(rows, "oracle")
+        (oracle,) = of(rows, "oracle")
         single, block = (oracle["recall"][name] for name in ("1 key x 1 query", "128 keys x 128 queries"))
         assert all(a >= b - 0.01 for x, y in zip(single, block, strict=True) for a, b in zip(x, y, strict=True))
         best = oracle["recall"]["1 key x 64 queries"]
-        for row in show.of(rows, "maximum") + [r for r in show.of(rows, "pooling") if r["key"]["R"] == 64]:
+        for row in of(rows, "maximum") + [r for r in of(rows, "pooling") if r["key"]["R"] == 64]:
             for head, bound in zip(row["recall"], best, strict=True):
                 assert all(x is None or x <= y + 1e-6 for x, y in zip(head, bound, strict=True))
-        row = next(r for r in show.of(rows, "matched") if r["key"]["method"] == "xattention")
+        row = next(r for r in of(rows, "matched") if r["key"]["method"] == "xattention")
         assert row["knob"] == "threshold" and row["reached"] == pytest.approx(0.5, rel=0.03)
-        timed = {row["key"]["method"]: row for row in show.of(rows, "times")}
+        timed = {row["key"]["method"]: row for row in of(rows, "times")}
         assert set(timed) == {study.DENSE, "full", "xattention"}
         assert timed["xattention"]["setting"] == row["setting"] and len(timed["xattention"]["seconds"]["select"]) == 1
         show.pareto(rows, tmp_path / "pareto.png")
         assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-        assert len(show.tables(rows)) == 4
+        made = show.tables(rows, at=0.5)
+        assert len(made) == 7 and all(len(line) == len(table.columns) for table in made for line in table.rows)
 
 
 class TestCommand:
@@ -276,11 +279,11 @@ class TestCommand:
         told = capsys.readouterr().out
         assert "Oracle" in told and "At matched density" in told and "pareto.png" in told
         rows = [json.loads(line) for line in (tmp_path / "out" / "fidelity.jsonl").read_text().splitlines()]
-        assert f"wrote {len(rows)} rows" in told
+        assert f"wrote {len(rows) - 1} rows" in told  # and one that says where
         assert self.run("--synthetic", "--frames", "2", *few) == 0
         assert "wrote 0 rows" in capsys.readouterr().out
         assert self.run("--qk", file, "--studies", "oracle", "--out", out) == 0
-        assert "wrote 2 rows" in capsys.readouterr().out
+        assert "wrote 1 rows" in capsys.readouterr().out
 
     def test_maps_of_the_testbed_model(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--tokens", "160", "--layers", "1", "--studies", "sweep", "--methods", "xattention", "flexprefill"]

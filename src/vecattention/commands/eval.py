@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vecattention import methods
 from vecattention.evals.fidelity.study import STUDIES
@@ -27,36 +27,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print what was written."""
-    from rich.console import Console
-
-    from vecattention.evals.fidelity import show
+    """Measure, and print what was written; or print what an earlier run wrote."""
     from vecattention.evals.fidelity.records import Records
+
+    if args.show is not None:
+        if not Path(args.show).is_file():
+            raise FileNotFoundError(f"--show is {args.show}, wanted a file that this command wrote; none is there")
+        _print(list(Records(args.show)), args)
+        return 0
+    from vecattention.evals.fidelity import show
     from vecattention.evals.fidelity.samples import fingerprint
     from vecattention.evals.fidelity.study import Plan, study
+    from vecattention.evals.fidelity.tables import of
 
     samples, data = _samples(args)
     folder = Path(args.out)
     records = Records(folder / "fidelity.jsonl")
-    plan = Plan(
-        data,
-        tuple(args.studies),
-        None if args.methods is None else tuple(args.methods),
-        tuple(args.targets),
-        args.repeats,
-    )
+    chosen = None if args.methods is None else tuple(args.methods)
+    plan = Plan(data, tuple(args.studies), chosen, tuple(args.targets), args.repeats)
     with _Progress() as progress:
         written = study(samples, records, plan, progress.step)
     mark = fingerprint(samples)
     rows = [row for row in records if row["key"]["fingerprint"] == mark and row["key"]["data"] == data]
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in show.tables(rows):
-        console.print(table)
-    if show.of(rows, "sweep"):
+    _print(rows, args)
+    if of(rows, "sweep"):
         show.pareto(rows, folder / "pareto.png")
-        console.print(f"wrote {folder / 'pareto.png'}", soft_wrap=True)
-    console.print(f"wrote {written} rows to {records.path} ({len(records)} in all)", soft_wrap=True)
+        sys.stdout.write(f"wrote {folder / 'pareto.png'}\n")
+    sys.stdout.write(f"wrote {written} rows to {records.path} ({len(records)} in all)\n")
     return 0
+
+
+def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """The tables that were asked for."""
+    from rich.console import Console
+
+    from vecattention.evals.fidelity import show
+
+    names = tuple(show.TABLES) if args.tables is None else tuple(args.tables)
+    unknown = [name for name in names if name not in show.TABLES]
+    if unknown:
+        raise ValueError(f"--tables has {unknown[0]!r}, wanted some of {', '.join(show.TABLES)}; correct it")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in show.tables(rows, names, args.at):
+        if args.markdown:
+            sys.stdout.write(f"{table.title}\n\n{table.markdown()}\n")
+        else:
+            console.print(table.rich())
 
 
 def _fidelity(parser: argparse.ArgumentParser) -> None:
@@ -65,26 +81,28 @@ def _fidelity(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--model", metavar="PATH", help="a Qwen2.5-VL checkpoint directory on the same movies")
     data.add_argument("--qk", metavar="FILE", help="a safetensors file of <name>.query, <name>.key and <name>.value")
     data.add_argument("--synthetic", action="store_true", help="seeded maps with sink, verticals, bands and noise")
+    data.add_argument("--show", metavar="FILE", help="measure nothing: the tables of a file that an earlier run wrote")
     parser.add_argument("--tokens", type=int, default=8192, help="vision tokens of a movie (%(default)s)")
     parser.add_argument("--layers", type=int, nargs="+", help="layers to capture (all)")
     parser.add_argument("--frames", type=int, default=32, help="frames of 256 tokens of synthetic maps (%(default)s)")
     parser.add_argument("--full", action="store_true", help="synthetic maps of video generation, not causal")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of movies or synthetic maps (0)")
     parser.add_argument("--save", metavar="FILE", help="also keep the queries, keys and values, for --qk")
-    parser.add_argument(
-        "--studies",
-        nargs="+",
-        default=[name for name in STUDIES if name != "times"],
-        choices=STUDIES,
-        help="(all but times)",
-    )
+    parser.add_argument("--studies", nargs="+", default=STUDIES, choices=STUDIES, help="(all)")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD",
         help=f"name or name:parameter=value,... with names among {', '.join(methods.names())}",
     )  # fmt: skip
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="matched densities")
+    parser.add_argument(
+        "--matched", "--targets", dest="targets", type=float, nargs="+", default=[0.1, 0.2, 0.4], metavar="DENSITY",
+        help="densities at which all methods are compared and timed (0.1 0.2 0.4)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="runs of each call of the times study (%(default)s)")
     parser.add_argument("--device", default="cpu", help="where selections and attention run (%(default)s)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16: round the maps to it (as they are)")
+    parser.add_argument("--tables", nargs="+", metavar="TABLE", help="which to print (all)")
+    parser.add_argument("--at", type=float, default=0.1, help="density of the tables by head (%(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--out", default="out/fidelity", help="folder of fidelity.jsonl and pareto.png (%(default)s)")
 
 
@@ -109,7 +127,11 @@ def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
         sys.stdout.write(f"wrote {args.save}\n")
     import torch
 
-    return [one.to(torch.device(args.device)) for one in found], name
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if args.dtype is not None and args.dtype not in dtypes:
+        raise ValueError(f"--dtype is {args.dtype!r}, wanted one of {', '.join(dtypes)}; correct it")
+    dtype = None if args.dtype is None else dtypes[args.dtype]
+    return [one.to(torch.device(args.device), dtype) for one in found], name
 
 
 class _Progress:

@@ -65,14 +65,15 @@ def anchors(rows: Tensor, k: Tensor, start: int) -> Tensor:
     rows [G, step, 128, D] are scaled queries from position ``start`` on.
     """
     _, step, block, _ = rows.shape
-    span = step * block
-    own = torch.arange(start, start + span, device=k.device)
-    index = torch.cat((torch.arange(min(span, start), device=k.device), own))  # each key once
+    before = min(step * block, start)  # of the first keys, those that every row of the super-block may see
+    late = torch.ones(block, block, dtype=torch.bool, device=k.device).triu(1)
     top = rows.new_empty(rows.shape[:3])
     for tile in range(step):
-        position = start + tile * block + torch.arange(block, device=k.device)
-        scores = rows[:, tile] @ k[index].mT
-        top[:, tile] = scores.masked_fill_(index > position[:, None], -torch.inf).amax(-1)
+        own = start + tile * block
+        top[:, tile] = (rows[:, tile] @ k[own : own + block].mT).masked_fill_(late, -torch.inf).amax(-1)
+        for seen in (k[:before], k[start:own]):
+            if seen.shape[0]:
+                top[:, tile] = top[:, tile].maximum((rows[:, tile] @ seen.mT).amax(-1))
     return top
 
 

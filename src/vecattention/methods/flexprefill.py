@@ -95,11 +95,13 @@ def estimate(last: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return (last @ k[keys].mT * scale).masked_fill_(future, -torch.inf)
 
     pieces = list(steps(k_len, group * n))
-    lse = torch.stack([scores(keys).logsumexp(-1) for keys in pieces]).logsumexp(0)[..., None]
+    only = scores(pieces[0]) if len(pieces) == 1 else None  # else computed twice, so that one slab is held at a time
+    sums = [(scores(keys) if only is None else only).logsumexp(-1) for keys in pieces]
+    lse = torch.stack(sums).logsumexp(0)[..., None]
     vertical = last.new_empty(group, k_len)
     slash = last.new_zeros(group, k_len + n)  # entry n - 1 + o, so that offsets in the future have a place
     for keys in pieces:
-        weight = (scores(keys) - lse).exp()
+        weight = ((scores(keys) if only is None else only) - lse).exp_()
         vertical[:, keys] = weight.mean(1)
         end = k_len - 1 - keys.start + n - 1  # largest offset of the piece, and its place
         slash[:, end - (keys.stop - keys.start + n - 2) : end + 1] += _diagonal_sums(weight).flip(-1) / n

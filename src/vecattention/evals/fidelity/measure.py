@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from vecattention import ops
+from vecattention import dispatch, ops
 from vecattention.evals.fidelity.dense import Head
 from vecattention.evals.fidelity.samples import Sample
-from vecattention.spec import Selection
+from vecattention.spec import Problem, Rule, Selection
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,23 @@ def dense_times(sample: Sample, repeats: int) -> dict[str, list[float]]:
         )
 
     return {"attend": _seconds(sample, attend, repeats)}
+
+
+def device_name(sample: Sample) -> str:
+    """The GPU's name, or "cpu"."""
+    device = sample.query.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def where(sample: Sample, selection: Selection | None = None) -> dict[str, object]:
+    """With what such times are taken: dtype, torch's threads, and the backend of the attention over a selection."""
+    facts: dict[str, object] = {"dtype": str(sample.query.dtype).removeprefix("torch.")}
+    facts["threads"] = torch.get_num_threads()
+    if selection is not None:
+        rule = Rule(selection.block, selection.block, causal=sample.causal, scale=sample.factor)
+        problem = Problem.of(sample.query, sample.key, rule)
+        facts["backend"] = next(name for name in dispatch.BACKENDS if not dispatch.why_not(name, problem))
+    return facts
 
 
 def _seconds(sample: Sample, call: Callable[[], object], repeats: int) -> list[float]:

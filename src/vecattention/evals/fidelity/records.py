@@ -12,7 +12,7 @@ from typing import Any
 
 from vecattention import machine
 
-SCHEMA = 1
+SCHEMA = 2
 Row = dict[str, Any]
 
 

@@ -51,9 +51,10 @@ class Sample:
         """The scale as a number."""
         return checks.scale_of(self.scale, self.query.shape[3])
 
-    def to(self, device: torch.device) -> Sample:
-        """The same sample on another device."""
-        return replace(self, query=self.query.to(device), key=self.key.to(device), value=self.value.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Sample:
+        """The same sample on another device, rounded to another dtype where one is given."""
+        query, key, value = (x.to(device, dtype) for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -1,11 +1,12 @@
 """The studies of a fidelity run, as rows that are skipped when they are there: resumable at any point.
 
+* run: where the rows that follow were made, and with what;
 * oracle: best recall at each density for each granularity, per head;
 * sweep: every candidate at every value of its knob: density, recall, output error, per head;
 * matched: every candidate at three densities, its knob found by bisection over all samples;
 * times: seconds of selection and attention at the settings that matched found, on the first sample;
 * maximum: the row rule against windows of G tiles, running and final maximum, and top-p, at equal density;
-* pooling: the row rule for P queries pooled and R rows sharing a list.
+* pooling: P queries pooled and R rows sharing a list, by the row rule and by the published window.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from vecattention.evals.fidelity import curves
 from vecattention.evals.fidelity.candidates import CAUSAL, FREE, Candidate, matched, parse
 from vecattention.evals.fidelity.dense import Head, dense
-from vecattention.evals.fidelity.measure import dense_times, figures, times
+from vecattention.evals.fidelity.maximum import GROUPS
+from vecattention.evals.fidelity.measure import dense_times, device_name, figures, times, where
 from vecattention.evals.fidelity.records import Records, provenance
 from vecattention.evals.fidelity.samples import Sample, fingerprint
 from vecattention.spec import Rule
 
 STUDIES = ("oracle", "sweep", "matched", "times", "maximum", "pooling")
-DENSITIES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
+DENSITIES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Densities, of all allowed pairs, at which curves are recorded."""
 
 THETAS = (0.9, 0.8, 0.6, 0.4, 0.1, 0.01, 0.001, 1e-4)
-GROUPS = (4, 16, 64, 8192)
+PUBLISHED = {True: 16, False: 8192}
+"""Published windows: of video understanding (causal), and of video generation."""
+
 DENSE = "torch SDPA"
 POOLS = ((16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 128))
 
@@ -79,11 +81,23 @@ def study(samples: Sequence[Sample], records: Records, plan: Plan, step: Callabl
     written = 0
     for done, task in enumerate(tasks):
         step(done, len(tasks), " ".join(str(x) for x in task.key.values()))
-        if not records.has(task.key):
-            records.add(task.key, task.make())
-            written += 1
+        if records.has(task.key):
+            continue
+        if not written:
+            _mark(records, samples, plan)
+        records.add(task.key, task.make())
+        written += 1
     step(len(tasks), len(tasks), "done")
     return written
+
+
+def _mark(records: Records, samples: Sequence[Sample], plan: Plan) -> None:
+    """Say where the rows that follow are made, unless the last such row of these samples says the same."""
+    key = {"study": "run", "data": plan.data, "fingerprint": fingerprint(samples)}
+    before = [row for row in records if row["key"].items() >= key.items()]
+    facts = provenance()
+    if not before or any(before[-1].get(name) != value for name, value in facts.items()):
+        records.add(key | {"number": len(before)}, facts)
 
 
 class _Tasks:
@@ -99,7 +113,6 @@ class _Tasks:
 
     def all(self) -> Iterator[Task]:
         """Every row, those of one sample together."""
-        yield Task(self._key("run"), provenance)
         for index in range(len(self.samples)):
             for name in ("oracle", "maximum", "pooling", "sweep"):
                 if name in self.plan.studies:
@@ -158,17 +171,22 @@ class _Tasks:
 
     def _timed(self) -> Iterator[Task]:
         sample, repeats = self.samples[0], self.plan.repeats
-        yield Task(self._key("times", method=DENSE), lambda: {"seconds": dense_times(sample, repeats)} | _where())
+        device = device_name(sample)
+        yield Task(
+            self._key("times", device=device, method=DENSE),
+            lambda: {"seconds": dense_times(sample, repeats)} | where(sample),
+        )
         for one in self.candidates:
             for target in self.plan.targets if one.knob else (1.0,):
 
                 def make(one: Candidate = one, target: float = target) -> dict[str, Any]:
                     setting = self._setting(one, target)
+                    selection = one.select(sample, setting)
                     spent = times(sample, lambda: one.select(sample, setting), repeats)
-                    density = float(one.select(sample, setting).density().mean())
-                    return {"setting": setting, "density": density, "seconds": spent} | _where()
+                    density = float(selection.density().mean())
+                    return {"setting": setting, "density": density, "seconds": spent} | where(sample, selection)
 
-                yield Task(self._key("times", method=one.label, target=target), make)
+                yield Task(self._key("times", device=device, method=one.label, target=target), make)
 
     def _setting(self, one: Candidate, target: float) -> float | None:
         row = self.records.get(self._key("matched", method=one.label, target=target))
@@ -190,9 +208,13 @@ class _Tasks:
             yield Task(self._key("maximum", index, rule=name), self._curve_of(index, rule, measure))
 
     def _pooling(self, index: int) -> Iterator[Task]:
-        for pool, block in POOLS:
-            rule = curves.rule_for(self.samples[index], pool, block)
-            yield Task(self._key("pooling", index, P=pool, R=block), self._curve_of(index, rule, "gap"))
+        sample = self.samples[index]
+        group = PUBLISHED[sample.causal]
+        for name, scope in (("row", "row"), (f"window {group}", "window")):
+            for pool, block in POOLS:
+                rule = curves.rule_for(sample, pool, block, scope, group)
+                key = self._key("pooling", index, rule=name, P=pool, R=block)
+                yield Task(key, self._curve_of(index, rule, "gap"))
 
     def _curve_of(self, index: int, rule: Rule, measure: str) -> Callable[[], dict[str, Any]]:
         """Recall at equal density for each head alone and for all under one cut-off, and what thetas reach."""
@@ -201,7 +223,9 @@ class _Tasks:
             sample, heads = self.samples[index], self._heads(index)
             found = [curves.units(sample, h, rule, head.columns, measure) for h, head in enumerate(heads)]
             values: dict[str, Any] = {"densities": list(DENSITIES)}
-            values["recall"] = [curves.rounded(one.curve().recall(DENSITIES)) for one in found]
+            alone = [one.curve() for one in found]
+            values["recall"] = [curves.rounded(one.recall(DENSITIES)) for one in alone]
+            values["floor"] = curves.rounded([one.floor for one in alone])
             values["together"] = curves.rounded(curves.Units.join(found).curve().recall(DENSITIES))
             if measure != "share":
                 reached = [[one.at(curves.alpha_of(theta)) for theta in THETAS] for one in found]
@@ -209,7 +233,3 @@ class _Tasks:
             return values
 
         return make
-
-
-def _where() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads()}

@@ -28,14 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was written; or print what an earlier run wrote."""
+    from vecattention.evals.fidelity import show
     from vecattention.evals.fidelity.records import Records
 
+    unknown = sorted(set(args.tables or ()) - set(show.TABLES))
+    if unknown:
+        raise ValueError(f"--tables has {unknown[0]!r}, wanted some of {', '.join(show.TABLES)}; correct it")
     if args.show is not None:
         if not Path(args.show).is_file():
             raise FileNotFoundError(f"--show is {args.show}, wanted a file that this command wrote; none is there")
         _print(list(Records(args.show)), args)
         return 0
-    from vecattention.evals.fidelity import show
     from vecattention.evals.fidelity.samples import fingerprint
     from vecattention.evals.fidelity.study import Plan, study
     from vecattention.evals.fidelity.tables import of
@@ -64,9 +67,6 @@ def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from vecattention.evals.fidelity import show
 
     names = tuple(show.TABLES) if args.tables is None else tuple(args.tables)
-    unknown = [name for name in names if name not in show.TABLES]
-    if unknown:
-        raise ValueError(f"--tables has {unknown[0]!r}, wanted some of {', '.join(show.TABLES)}; correct it")
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in show.tables(rows, names, args.at):
         if args.markdown:

@@ -265,7 +265,7 @@ class TestStudy:
         show.pareto(rows, tmp_path / "pareto.png")
         assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
         made = show.tables(rows, at=0.5)
-        assert len(made) == 7 and all(len(line) == len(table.columns) for table in made for line in table.rows)
+        assert len(made) == 8 and all(len(line) == len(table.columns) for table in made for line in table.rows)
 
 
 class TestCommand:

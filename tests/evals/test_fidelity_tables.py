@@ -15,7 +15,7 @@ from vecattention.evals.fidelity.candidates import parse
 from vecattention.evals.fidelity.records import Records
 from vecattention.evals.fidelity.samples import Sample
 from vecattention.evals.fidelity.synthetic import synthetic
-from vecattention.evals.fidelity.tables import Table, of, place_of
+from vecattention.evals.fidelity.tables import Table, of, place_of, price
 
 Row = dict[str, Any]
 
@@ -135,10 +135,22 @@ class TestMaximum:
         assert 0 < dropped < chosen and float(line[4].rstrip(" %")) == pytest.approx(100 * dropped / chosen, abs=0.06)
 
 
+class TestPrice:
+    def test_density_is_read_off_between_the_recorded_ones(self) -> None:
+        densities = list(study.DENSITIES)
+        recall = {64: [2 * d for d in densities], 32: [4 * d for d in densities], 128: [None] * len(densities)}
+        found = [row("pooling", {"densities": densities, "together": values}, rule="row", P=pool, R=64, sample=sample)
+                 for sample in "ab" for pool, values in recall.items()]  # fmt: skip
+        lines = {line[0]: line[1:] for line in price(found).rows}
+        assert lines["row P=64 R=64"] == ["1.00x"] * 5
+        assert lines["row P=32 R=64"] == ["-", "0.50x", "0.50x", "0.50x", "0.50x"]  # 1 % was not recorded
+        assert lines["row P=128 R=64"] == ["-"] * 5
+
+
 class TestTables:
     def test_every_table_is_made_and_whole(self, records: Records) -> None:
         tables = show.tables(list(records), at=0.2)
-        assert len(tables) == 7
+        assert len(tables) == 8
         for table in tables:
             assert table.rows and table.title.startswith("synthetic-causal-1024. ")
             assert {len(line) for line in table.rows} == {len(table.columns)}

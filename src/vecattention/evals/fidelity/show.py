@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[list[Row], float], Table]]] =
     "heads": (("oracle", "maximum"), maximum.heads),
     "waste": (("maximum",), lambda rows, at: maximum.waste(rows)),
     "pooling": (("pooling",), lambda rows, at: basic.curves(rows, "pooling", "P pooled queries, R rows share a list")),
+    "price": (("pooling",), lambda rows, at: basic.price(rows)),
     "kinds": (("oracle", "matched"), matches.kinds),
     "matched": (("matched",), lambda rows, at: matches.matched(rows)),
     "lengths": ((), lambda rows, at: matches.lengths(rows)),

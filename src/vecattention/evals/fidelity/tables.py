@@ -104,6 +104,43 @@ def curves(rows: list[Row], study: str, title: str) -> Table:
     return Table(title, ("rule", *_percent(SHOWN)), lines)
 
 
+def price(rows: list[Row]) -> Table:
+    """The density that each P and R needs for the recall of the published ones, as a multiple of theirs.
+
+    The heads of a layer are under one cut-off; recall is taken as linear in density between those recorded.
+    """
+    found = of(rows, "pooling")
+    densities = found[0]["densities"]
+    curve = {}
+    for name in dict.fromkeys(rule_of(row) for row in found):
+        together = [row["together"] for row in found if rule_of(row) == name]
+        curve[name] = [_mean([one[i] for one in together]) for i in range(len(densities))]
+    lines = []
+    for name, recall in curve.items():
+        base = curve[name.partition(" P=")[0] + " P=64 R=64"]
+        cells = []
+        for density in SHOWN:
+            needed = density_for(base[densities.index(density)], densities, recall)
+            cells.append("-" if needed is None else f"{needed / density:.2f}x")
+        lines.append([name, *cells])
+    title = "Density for the recall that P=64, R=64 has at these densities by the same rule"
+    return Table(title, ("rule", *_percent(SHOWN)), lines)
+
+
+def density_for(wanted: float | None, densities: Sequence[float], recall: Sequence[float | None]) -> float | None:
+    """The density at which a curve reaches a recall; None outside of what was recorded.
+
+    >>> density_for(0.5, (0.1, 0.2, 0.4), (None, 0.4, 0.6))
+    0.30000000000000004
+    """
+    there = [(d, r) for d, r in zip(densities, recall, strict=True) if r is not None]
+    if wanted is not None:
+        for (low, less), (high, more) in zip(there, there[1:], strict=False):
+            if less <= wanted <= more:
+                return low + (high - low) * (wanted - less) / max(more - less, 1e-12)
+    return None
+
+
 def head_name(row: Row, head: int) -> str:
     """A head's number, and its kind where the maps are synthetic."""
     synthetic = row["key"]["data"].startswith("synthetic")

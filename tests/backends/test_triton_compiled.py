@@ -24,8 +24,8 @@ from assembly import TOOLS, compiled  # noqa: E402
 
 from vecattention.backends.triton import launch  # noqa: E402
 
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may have
+MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one program may have
 LENGTH = 2048
 HALF, BRAIN, WHOLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -45,6 +45,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (80, 128, BRAIN, 128, True),
         (80, 128, BRAIN, 64, False),
         (80, 64, HALF, 64, True),
+        (89, 128, BRAIN, 64, True),
+        (89, 128, BRAIN, 128, False),
+        (89, 64, HALF, 64, True),
         (90, 128, BRAIN, 64, True),
         (90, 128, BRAIN, 128, True),
         (90, 64, HALF, 64, True),
@@ -62,7 +65,7 @@ def test_attention(capability: int, dim: int, dtype: torch.dtype, block: int, ca
     assert not kernel.spills, kernel.spills
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize(
     ("dim", "dtype", "rule"),
     [

@@ -13,7 +13,7 @@ import torch
 import vecattention
 from vecattention import cli
 from vecattention.bench import figures, record
-from vecattention.bench.cases import CASES, Case, case_of, inputs, lists
+from vecattention.bench.cases import CASES, Case, Source, case_of, lists
 from vecattention.bench.exact import error_of
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100-2026-11-24.jsonl"
@@ -73,7 +73,7 @@ def test_lists_have_the_density_asked_for(kind: str) -> None:
 
 
 def test_errors_tell_right_from_wrong() -> None:
-    query, key, value = inputs(SMALL, dtype=torch.float32, device="cpu", structure=1.0)
+    query, key, value = Source(SMALL, "cpu", torch.float32, structure=1.0).tensors()
     selection = lists(SMALL, 0.3, device="cpu")
     out = vecattention.attend(query, key, value, selection)
     assert isinstance(out, torch.Tensor)

@@ -54,29 +54,54 @@ def case_of(name: str) -> Case:
     return CASES[name]
 
 
-def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
-           structure: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Random query [1, H, Sq, D], key and value [1, Hkv, Sk, D], float by float normal.
+@dataclass(frozen=True)
+class Source:
+    """Where the tensors of a measurement come from: a case's shape, and captured tensors or random ones.
 
-    Args:
+    Attributes:
+        case: name and shape.
+        device, dtype, seed: of random tensors, float by float normal.
         structure: how strongly the queries of a head agree on a direction that a tenth of the keys, in stretches of 16,
             point to: 0 for plain noise, 1 for maps with bright vertical stretches like those of videos.
+        given: captured query [1, H, Sq, D], key and value [1, Hkv, Sk, D] instead.
     """
-    generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+    case: Case
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+    structure: float = 0.0
+    given: tuple[Tensor, Tensor, Tensor] | None = None
 
-    query = normal(1, case.heads, case.q_len, case.head_dim)
-    key = normal(1, case.kv_heads, case.k_len, case.head_dim)
-    value = normal(1, case.kv_heads, case.k_len, case.head_dim)
-    if structure:
-        direction = torch.nn.functional.normalize(normal(1, case.kv_heads, 1, case.head_dim).float(), dim=-1).to(dtype)
-        bright = torch.rand(1, case.kv_heads, -(-case.k_len // RUN), 1, device=device, generator=generator) < 0.1
-        bright = bright.repeat_interleave(RUN, dim=2)[:, :, : case.k_len]
-        key += bright * direction * (structure * 12)
-        query += direction.repeat_interleave(case.heads // case.kv_heads, dim=1) * (structure * 2)
-    return query, key, value
+    @classmethod
+    def captured(cls, name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool, device: str = "cuda",
+                 dtype: torch.dtype = torch.bfloat16) -> Source:  # fmt: skip
+        """The source of tensors that a model computed."""
+        case = Case(name, query.shape[1], key.shape[1], query.shape[2], key.shape[2], causal, query.shape[3])
+        moved = (query.to(device, dtype), key.to(device, dtype), value.to(device, dtype))
+        return cls(case, device, dtype, given=moved)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [1, H, Sq, D], key and value [1, Hkv, Sk, D]."""
+        if self.given is not None:
+            return self.given
+        case = self.case
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=self.device, dtype=self.dtype, generator=generator)
+
+        query = normal(1, case.heads, case.q_len, case.head_dim)
+        key = normal(1, case.kv_heads, case.k_len, case.head_dim)
+        value = normal(1, case.kv_heads, case.k_len, case.head_dim)
+        if self.structure:
+            direction = normal(1, case.kv_heads, 1, case.head_dim).float()
+            direction = torch.nn.functional.normalize(direction, dim=-1).to(self.dtype)
+            chance = torch.rand(1, case.kv_heads, -(-case.k_len // RUN), 1, device=self.device, generator=generator)
+            bright = (chance < 0.1).repeat_interleave(RUN, dim=2)[:, :, : case.k_len]
+            key += bright * direction * (self.structure * 12)
+            query += direction.repeat_interleave(case.heads // case.kv_heads, dim=1) * (self.structure * 2)
+        return query, key, value
 
 
 def lists(case: Case, density: float, kind: str = "random", seed: int = 0, block: int = 128,

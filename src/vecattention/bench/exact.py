@@ -45,7 +45,8 @@ def error_of(out: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: 
         head, row = (int(torch.randint(n, (), generator=generator)) for n in (heads, q_len))
         kept = torch.ones(k_len, dtype=torch.bool, device=query.device)
         if selection is not None:
-            kept = bits.unpack(selection.words[0, head, row // selection.block], k_len).clone()
+            block = int(blocks_of(selection, head, torch.tensor([row], device=query.device)))
+            kept = bits.unpack(selection.words[0, head, block], k_len).clone()
         if causal:
             kept[row + k_len - q_len + 1 :] = False
         q = query[0, head, row : row + 1]
@@ -61,3 +62,11 @@ def error_of(out: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: 
     truth = torch.stack(exact)
     scale = truth.norm().clamp(min=1e-30)
     return Error(*(float((torch.stack(x) - truth).norm() / scale) for x in (ours, theirs)))
+
+
+def blocks_of(selection: Selection, head: int, rows: Tensor) -> Tensor:
+    """int64 [n]: the blocks whose lists these query rows of a head of the first batch element share."""
+    if selection.order is not None:
+        order = selection.order[0, head]
+        rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[rows]
+    return rows // selection.block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def speed_ups(records: Sequence[Record]) -> list[Record]:
             "ratio": dense[r["case"]]["ms"] / r["ms"], "extra_mib": r["extra_mib"],
         }
         for r in records
-        if r.get("study") == "call" and r["case"] in dense
+        if r.get("study") == "call" and r["case"] in dense and not _crosses(r)
     ]  # fmt: skip
 
 
@@ -50,21 +50,39 @@ def shares(records: Sequence[Record]) -> list[Record]:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """The picture of a record file: TFLOP/s of attention, speed-ups of whole calls, what a call's time is made of."""
+    """The picture of a record file, a panel for each kind of records in it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    _rates(left, records)
-    _ratios(middle, records)
-    _stacks(right, records)
+    panels = [panel for panel, wanted in PANELS if any(wanted(r) for r in records)]
+    columns = min(3, max(1, len(panels)))
+    tall = -(-len(panels) // columns) or 1
+    figure, axes = plt.subplots(tall, columns, figsize=(5 * columns, 4.6 * tall), layout="constrained", squeeze=False)
+    for panel, place in zip(panels, axes.flat, strict=False):
+        panel(place, records)
+    for place in list(axes.flat)[len(panels) :]:
+        place.axis("off")
     gpu = next((r["machine"]["gpu"] for r in records if r.get("machine")), "")
     figure.suptitle(f"head_dim 128, bfloat16, {gpu}", color=INK, fontsize=11)
     with replacing(path) as name:
         figure.savefig(name, dpi=150)
     plt.close(figure)
+
+
+def methods(records: Sequence[Record]) -> list[Record]:
+    """Every method's selection and attention beside the best dense kernel: recall, density, milliseconds, the ratio."""
+    dense = best_dense(records)
+    return [
+        {
+            "case": r["case"], "method": r["method"], "recall": r["recall"], "density": r["density"],
+            "select_ms": r["select_ms"], "attend_ms": r["attend_ms"], "ms": r["ms"],
+            "ratio": dense[r["case"]]["ms"] / r["ms"],
+        }
+        for r in records
+        if r.get("study") == "method" and r["case"] in dense
+    ]  # fmt: skip
 
 
 def _rates(axes: Any, records: Sequence[Record]) -> None:
@@ -104,7 +122,8 @@ def _ratios(axes: Any, records: Sequence[Record]) -> None:
 
 def _stacks(axes: Any, records: Sequence[Record]) -> None:
     dense = best_dense(records)
-    calls = [r for r in records if r.get("study") == "call" and (r["pool"], r["block"]) == (64, 128)]
+    calls = [r for r in records if r.get("study") == "call" and not _crosses(r)]
+    calls = [r for r in calls if (r["pool"], r["block"]) == (64, 128) and r["case"] in dense]
     calls = [r for r in calls if r["scope"] == "window"]
     chosen = {(s["case"], s["pool"], s["block"], s["scope"]): s["ms"] for s in shares(records)}
     for i, r in enumerate(calls):
@@ -120,7 +139,55 @@ def _stacks(axes: Any, records: Sequence[Record]) -> None:
     _plain(axes)
 
 
+def _lengths(axes: Any, records: Sequence[Record]) -> None:
+    dense = best_dense(records)
+    for kind, style in (("causal", "-"), ("full", "--")):
+        lengths = sorted(int(c.split("-")[1]) for c in dense if c.startswith(f"{kind}-"))
+        axes.plot(lengths, [dense[f"{kind}-{n}"]["ms"] for n in lengths], color=INK, ls=style, marker=".",
+                  label=f"dense, {kind}")  # fmt: skip
+        mine = [r for r in records if _crosses(r) and r["case"].startswith(f"{kind}-")]
+        for i, density in enumerate(sorted({r["asked"] for r in mine})):
+            points = sorted((int(r["case"].split("-")[1]), r["ms"]) for r in mine if r["asked"] == density)
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, color=COLOURS[i % 4], ls=style, marker=".", label=f"{100 * density:g} %, {kind}")
+    axes.set(title="whole call against length", xlabel="keys", ylabel="ms", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+
+
+def _methods(axes: Any, records: Sequence[Record]) -> None:
+    rows = methods(records)
+    dense = best_dense(records)
+    for i, r in enumerate(rows):
+        whole = dense[r["case"]]["ms"]
+        select, attend = (100 * r[name] / whole for name in ("select_ms", "attend_ms"))
+        axes.barh(i, select, color=COLOURS[1], label="selection" if not i else None)
+        axes.barh(i, attend, left=select, color=COLOURS[0], label="attention" if not i else None)
+    said = [f"{r['method']}\nrecall {r['recall']:.2f}, {100 * r['density']:.0f} %" for r in rows]
+    axes.set_yticks(range(len(rows)), said, fontsize=7)
+    axes.axvline(100, color=QUIET, lw=0.8)
+    axes.set(title="methods at equal recall", xlabel="% of the best dense kernel")
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+
+
+def _crosses(record: Record) -> bool:
+    return record.get("study") == "call" and record["key"].get("use") == "crossover"
+
+
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.title.set_size(10)
     axes.grid(alpha=0.25)
+
+
+PANELS: tuple[tuple[Callable[[Any, Sequence[Record]], None], Callable[[Record], bool]], ...] = (
+    (_rates, lambda r: r.get("study") == "attention"),
+    (_ratios, lambda r: r.get("study") == "call" and not _crosses(r)),
+    (_stacks, lambda r: r.get("study") == "call" and not _crosses(r)),
+    (_lengths, _crosses),
+    (_methods, lambda r: r.get("study") == "method"),
+)
+"""What is drawn, and the records that it is drawn of."""

@@ -63,14 +63,20 @@ def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record
 
 
 def _safe(step: Callable[[], list[Record] | Record]) -> list[Record] | Record:
-    """What a step gives, or a record of why it could not run: too little memory must not end a long run."""
+    """What a step gives, or a record of why it could not run.
+
+    Too little memory, a package of a peer that is not there or fails, or a method that does not take the shape must not
+    end a long run.
+    """
     import torch
 
     try:
         return step()
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        return {"failed": f"out of memory: {str(error).splitlines()[0]}"}
+    except (RuntimeError, ImportError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        lines = str(error).strip().splitlines() or [""]
+        return {"failed": f"{type(error).__name__}: {lines[0]}"}
 
 
 def _as_list(given: list[Record] | Record) -> list[Record]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 Record = dict[str, Any]
-SHOWN = ("kernel", "backend", "pool", "block", "scope", "lists", "density", "structure")
+SHOWN = ("kernel", "method", "fields", "backend", "pool", "block", "scope", "lists", "density", "structure")
 
 
 def line(record: Record) -> str:
     """One record on one line."""
     what = " ".join(f"{name}={_short(record[name])}" for name in SHOWN if record.get(name) not in (None, ""))
-    head = f"{record['key']['study']:<9} {record['key']['case']:<18} {what}"
+    head = f"{record['key']['study']:<9} {record['key'].get('case', ''):<18} {what}"
     if "failed" in record:
         return f"{head}  {record['failed']}"
-    parts = [
-        f"{record['ms']:9.3f} ms ({record['ms_q1']:.3f} .. {record['ms_q3']:.3f})",
-        f"{record['tflops']:6.1f} TFLOP/s",
-    ]
+    parts = [f"{record['ms']:9.3f} ms ({record['ms_q1']:.3f} .. {record['ms_q3']:.3f})"]
+    if "tflops" in record:
+        parts.append(f"{record['tflops']:6.1f} TFLOP/s")
+    if "select_ms" in record:
+        parts.append(f"selection {record['select_ms']:.3f} ms, recall {record['recall']:.3f}")
     if "ms_graph" in record:
         parts.append(f"graph {record['ms_graph']:.3f} ms, extra {record['extra_mib']} MiB")
     if "error" in record:
@@ -28,4 +29,6 @@ def line(record: Record) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{x}" for name, x in value.items()) or "default"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

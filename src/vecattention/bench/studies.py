@@ -1,9 +1,8 @@
-"""The measurements: each takes a case and settings and gives one record, JSON-ready."""
+"""The measurements: each takes the source of its tensors and settings and gives one record, JSON-ready."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 import vecattention
 from vecattention import dispatch, ops
 from vecattention.bench import dense as dense_kernels
-from vecattention.bench.cases import Case, inputs, lists
+from vecattention.bench.cases import Case, Source, lists
 from vecattention.bench.exact import error_of
 from vecattention.bench.timer import graphed, measure, peak_extra
 from vecattention.spec import Problem, Selection
@@ -20,42 +19,41 @@ from vecattention.spec import Problem, Selection
 Record = dict[str, Any]
 
 
-def dense(case: Case, seed: int = 0) -> list[Record]:
+def dense(source: Source) -> list[Record]:
     """Time of each dense kernel of torch on a case."""
-    query, key, value = inputs(case, seed)
+    case, (query, key, value) = source.case, source.tensors()
     found = []
     for name, call in dense_kernels.calls(query, key, value, case.causal).items():
         error = error_of(call(), query, key, value, None, case.causal)
-        time = measure(call)
+        time = measure(call, device=source.device)
         found.append({
             "study": "dense", "case": case.name, "kernel": name, **time.record(), **error.record(),
-            "tflops": _tflops(case.dense_flop, time.median),
+            "tflops": tflops(case.dense_flop, time.median),
         })  # fmt: skip
     return found
 
 
-def attention(case: Case, density: float, kind: str, backend: str, seed: int = 0, block: int = 128) -> Record:
+def attention(source: Source, density: float, kind: str, backend: str, block: int = 128) -> Record:
     """Time of `attend` over ready lists: useful TFLOP/s are those of the kept pairs alone."""
-    query, key, value = inputs(case, seed)
-    selection = lists(case, density, kind, seed, block)
+    case, (query, key, value) = source.case, source.tensors()
+    selection = lists(case, density, kind, source.seed, block, source.device)
 
     def call() -> Tensor:
         return vecattention.attend(query, key, value, selection, backend=backend)  # type: ignore[return-value]
 
     first = call()
     error = error_of(first, query, key, value, selection, case.causal)
-    time = measure(call)
-    useful = float(selection.kept_pairs().sum()) * 4 * case.head_dim
+    time = measure(call, device=source.device)
     return {
         "study": "attention", "case": case.name, "density": density, "lists": kind, "backend": backend, "block": block,
         **error.record(), "repeats_equal": torch.equal(first, call()), **time.record(),
-        "tflops": _tflops(useful, time.median), "kept": float(selection.density().mean()),
+        "tflops": tflops(useful_flop(case, selection), time.median), "kept": float(selection.density().mean()),
     }  # fmt: skip
 
 
-def selection(case: Case, pool: int, block: int, scope: str, backend: str, seed: int = 0) -> Record:
+def selection(source: Source, pool: int, block: int, scope: str, backend: str) -> Record:
     """Time of the selection of a whole call, in the chunks in which the call would make it."""
-    query, key, _ = inputs(case, seed)
+    case, (query, key, _) = source.case, source.tensors()
     rule: dict[str, Any] = {"q_pooling_size": pool, "q_block_size": block, "max_scope": scope}
     size = _chunk(query, key, case.causal, rule)
     offset = case.k_len - case.q_len
@@ -66,18 +64,16 @@ def selection(case: Case, pool: int, block: int, scope: str, backend: str, seed:
             keys = key[:, :, : last + offset] if case.causal else key
             vecattention.select(query[:, :, first:last], keys, causal=case.causal, backend=backend, **rule)
 
-    time = measure(call)
-    flop = case.dense_flop / (2 * pool)
+    time = measure(call, device=source.device)
     return {
         "study": "selection", "case": case.name, "pool": pool, "block": block, "scope": scope, "backend": backend,
-        "chunk": size, **time.record(), "tflops": _tflops(flop, time.median),
+        "chunk": size, **time.record(), "tflops": tflops(case.dense_flop / (2 * pool), time.median),
     }  # fmt: skip
 
 
-def whole(case: Case, density: float, pool: int, block: int, scope: str, seed: int = 0,
-          structure: float = 0.0) -> Record:  # fmt: skip
+def whole(source: Source, density: float, pool: int, block: int, scope: str) -> Record:
     """Time of `vec_attention`, selection included, at the threshold that gives this density; its extra memory too."""
-    query, key, value = inputs(case, seed, structure=structure)
+    case, (query, key, value) = source.case, source.tensors()
     rule: dict[str, Any] = {"q_pooling_size": pool, "q_block_size": block, "max_scope": scope, "causal": case.causal}
     theta, reached = threshold_for(query, key, density, rule)
 
@@ -85,21 +81,23 @@ def whole(case: Case, density: float, pool: int, block: int, scope: str, seed: i
         return vecattention.vec_attention(query, key, value, threshold=theta, **rule)  # type: ignore[return-value]
 
     first = call()
-    kept = vecattention.select(query[:, :, -4 * block :], key, threshold=theta, **rule) if case.causal else None
-    rows = slice(-4 * block, None) if case.causal else slice(None)
-    chosen = kept if kept is not None else vecattention.select(query, key, threshold=theta, **rule)
+    # The last blocks of a causal call are a call of their own, if they start where a block does.
+    rows = slice(max(0, case.q_len // block - 4) * block if case.causal else 0, None)
+    chosen = vecattention.select(query[:, :, rows], key, threshold=theta, **rule)
     error = error_of(first[:, :, rows], query[:, :, rows], key, value, chosen, case.causal)
-    del chosen, kept
-    extra = peak_extra(call) - first.numel() * first.element_size()
+    del chosen
+    gpu = source.device.startswith("cuda")
+    extra = peak_extra(call) - first.numel() * first.element_size() if gpu else 0
     equal = torch.equal(first, call())
-    time, replayed = measure(call), measure(graphed(call))
+    time = measure(call, device=source.device)
+    replayed = measure(graphed(call)) if gpu else time
     return {
         "study": "call", "case": case.name, "density": reached, "asked": density, "threshold": theta, "pool": pool,
-        "block": block, "scope": scope, "structure": structure, **error.record(), "repeats_equal": equal,
+        "block": block, "scope": scope, "structure": source.structure, **error.record(), "repeats_equal": equal,
         **time.record(), "ms_graph": round(replayed.median, 4), "extra_mib": round(extra / 2**20, 2),
         "kv_mib": round(2 * key.numel() * key.element_size() / 2**20, 1),
         "backend": _explained(query, key, case.causal, rule),
-        "tflops": _tflops(case.dense_flop * reached, replayed.median),
+        "tflops": tflops(case.dense_flop * reached, replayed.median),
     }  # fmt: skip
 
 
@@ -118,9 +116,20 @@ def threshold_for(query: Tensor, key: Tensor, density: float, rule: dict[str, An
     return best
 
 
+def useful_flop(case: Case, selection: Selection) -> float:
+    """Floating-point operations of attention over the kept pairs."""
+    return float(selection.kept_pairs().sum()) * 4 * case.head_dim
+
+
+def tflops(flop: float, ms: float) -> float:
+    """TFLOP/s, with one digit after the point; below 0.1 with more."""
+    rate = flop / ms / 1e9
+    return round(rate, 1) if rate >= 0.1 else round(rate, 5)
+
+
 def _density(query: Tensor, key: Tensor, theta: float, rule: dict[str, Any]) -> float:
     """Mean density over all rows, chunk by chunk."""
-    size, offset = _chunk(query, key, rule["causal"], {k: v for k, v in rule.items() if k != "causal"}), 0
+    size = _chunk(query, key, rule["causal"], {k: v for k, v in rule.items() if k != "causal"})
     q_len, k_len = query.shape[2], key.shape[2]
     kept, offset = torch.zeros((), dtype=torch.int64, device=query.device), k_len - q_len
     for first in range(0, q_len, size):
@@ -139,10 +148,3 @@ def _chunk(query: Tensor, key: Tensor, causal: bool, rule: dict[str, Any]) -> in
 
 def _explained(query: Tensor, key: Tensor, causal: bool, rule: dict[str, Any]) -> str | None:
     return vecattention.explain(query, key, causal=causal, **{k: v for k, v in rule.items() if k != "causal"}).backend
-
-
-def _tflops(flop: float, ms: float) -> float:
-    return round(flop / ms / 1e9, 1)
-
-
-Study = Callable[[], "list[Record] | Record"]

@@ -1,7 +1,8 @@
-"""How long a function takes on the GPU: medians and quartiles of groups of calls that the host does not hold up."""
+"""How long a function takes: medians and quartiles of groups of calls, which on a GPU the host does not hold up."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,21 +27,23 @@ class Timing:
         }  # fmt: skip
 
 
-def measure(call: Callable[[], object], budget_ms: float = 150.0) -> Timing:
-    """Time a call that queues work on the GPU.
+def measure(call: Callable[[], object], budget_ms: float = 150.0, device: str = "cuda") -> Timing:
+    """Time a call.
 
-    Calls are queued in groups between two events, so that the host's part hides behind the device's; inputs are larger
-    than the L2 cache or the call itself sweeps it. A first pass warms up and sizes the groups.
+    On a GPU calls are queued in groups between two events, so that the host's part hides behind the device's; inputs
+    are larger than the L2 cache or the call itself sweeps it. A first pass warms up and sizes the groups.
 
     Args:
-        call: queues the work and returns.
+        call: queues the work and returns, or on a CPU does it.
         budget_ms: about how long all groups take together.
+        device: where the work is done.
     """
+    group = _queued if device.startswith("cuda") else _clocked
     for _ in range(2):
         call()
-    once = _group(call, 3)
+    once = group(call, 3)
     each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
-    times = sorted(_group(call, each) for _ in range(GROUPS))
+    times = sorted(group(call, each) for _ in range(GROUPS))
     return Timing(times[GROUPS // 2], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS)
 
 
@@ -68,7 +71,7 @@ def peak_extra(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _group(call: Callable[[], object], calls: int) -> float:
+def _queued(call: Callable[[], object], calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -77,3 +80,10 @@ def _group(call: Callable[[], object], calls: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / calls
+
+
+def _clocked(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return 1e3 * (time.perf_counter() - start) / calls

@@ -1,85 +1,186 @@
-"""Time attention over ready lists, selection, and the whole call on a GPU, beside torch's dense kernels.
+"""Time attention over ready lists, selection, and the whole call on a GPU, beside dense kernels and other methods.
 
 Errors against float64 are measured on sampled rows before anything is timed. Records are appended as JSON lines; what a
-file already holds is not measured again, so that a run which was cut off goes on where it was.
+file already holds is not measured again, so that a run which was cut off goes on where it was. `vecattention report`
+makes tables and pictures of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vecattention import profile
+
 if TYPE_CHECKING:
+    from vecattention.bench.cases import Source
     from vecattention.bench.record import Step
 
 EXAMPLE = "vecattention bench call --case qwen2.5-vl-8k --density 0.2 --out out/bench.jsonl"
-STUDIES = ("attention", "selection", "call", "dense", "all")
+STUDIES = {
+    "attention": "attention over ready lists, and other kernels over lists of the same density",
+    "selection": "selection alone",
+    "call": "the whole call, with its extra memory",
+    "dense": "dense kernels",
+    "breakdown": "selection and attention of every method, at equal recall",
+    "layer": "dense, call and breakdown on the queries and keys of a model's layers",
+    "all": "all of these but layer",
+    "tune": "launch shapes and crossovers of this GPU, written as a profile",
+}
 RULES = ((32, 128, "window"), (64, 128, "window"), (64, 64, "window"), (64, 128, "row"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vecattention bench`."""
-    parser.add_argument("study", choices=STUDIES, help="what to time; all: everything")
+    told = "; ".join(f"{name}: {what}" for name, what in STUDIES.items())
+    parser.add_argument("study", choices=STUDIES, metavar="STUDY", help=told)
     parser.add_argument("--case", action="append", help="a shape, may be repeated (qwen2.5-vl-32k)")
     parser.add_argument(
         "--density", action="append", type=float, help="kept pairs over all, may be repeated (0.1, 0.5)"
     )
     parser.add_argument("--lists", action="append", choices=("random", "clustered"), help="kind of ready lists (both)")
     parser.add_argument("--backend", action="append", help="of ready lists and selection, may be repeated (auto)")
+    parser.add_argument("--recall", type=float, default=0.9, help="of the methods in breakdown (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="cpu: in float32, for trying this out (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/bench.jsonl"), help="records (%(default)s)")
     parser.add_argument("--again", action="store_true", help="measure again what the file already holds")
+    layer = parser.add_argument_group("layer")
+    layer.add_argument("--model", metavar="PATH", help="a Qwen2.5-VL checkpoint directory (the testbed's model)")
+    layer.add_argument("--tokens", type=int, default=8192, help="vision tokens of its film (%(default)s)")
+    layer.add_argument("--layers", type=int, nargs="+", help="(all)")
+    tune = parser.add_argument_group("tune")
+    tune.add_argument("--profile", type=Path, metavar="FILE", help="the profile to write (out/GPU.json)")
+    tune.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2),
+                      help="that compile beforehand (%(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each record, and say where they are; 1 when a result was wrong."""
-    from vecattention.bench import record, report
-
-    if not torch.cuda.is_available():
-        raise ValueError("this machine has no GPU that torch sees, wanted one to time; benchmarks/cpu.py times the CPU")
-    wrong = 0
-    for row in record.run(args.out, list(_steps(args)), args.again):
-        sys.stdout.write(report.line(row) + "\n")
-        sys.stdout.flush()
-        wrong += row.get("error_ok") is False or row.get("repeats_equal") is False
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "this machine has no GPU that torch sees, wanted one to time; benchmarks/cpu.py times the CPU, and "
+            "--device cpu tries this command out"
+        )
+    if not 0 < args.recall <= 1:
+        raise ValueError(f"--recall is {args.recall}, wanted a share of the softmax mass in (0, 1]; correct it")
+    wrong = _tune(args) if args.study == "tune" else _measure(args, list(_steps(args)))
     sys.stdout.write(f"records in {args.out}\n")
     return 1 if wrong else 0
 
 
-def _steps(args: argparse.Namespace) -> Iterator[Step]:
-    from vecattention.bench import studies
-    from vecattention.bench.cases import case_of
+def _measure(args: argparse.Namespace, steps: Sequence[Step]) -> int:
+    """Number of wrong results."""
+    from vecattention.bench import record, report
 
-    cases = [case_of(name) for name in args.case or ["qwen2.5-vl-32k"]]
-    densities = args.density or [0.1, 0.5]
-    backends = args.backend or ["auto"]
-    every = args.study == "all"
-    for case in cases:
-        if every or args.study == "dense":
-            yield {"study": "dense", "case": case.name}, functools.partial(studies.dense, case)
-        if every or args.study == "attention":
-            for density in densities:
-                for kind in args.lists or ["random", "clustered"]:
-                    for backend in backends:
-                        key = {"study": "attention", "case": case.name, "density": density, "lists": kind,
-                               "backend": backend}  # fmt: skip
-                        yield key, functools.partial(studies.attention, case, density, kind, backend)
-        for pool, block, scope in RULES:
-            rule = {"case": case.name, "pool": pool, "block": block, "scope": scope}
-            if every or args.study == "selection":
+    wrong = 0
+    for number, row in enumerate(record.run(args.out, steps, args.again), 1):
+        sys.stdout.write(f"[{number}/{len(steps)}] {report.line(row)}\n")
+        sys.stdout.flush()
+        wrong += row.get("error_ok") is False or row.get("repeats_equal") is False
+    return wrong
+
+
+def _source(args: argparse.Namespace, name: str) -> Source:
+    from vecattention.bench.cases import Source, case_of
+
+    return Source(case_of(name), args.device, _dtype(args))
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    return torch.float32 if args.device == "cpu" else torch.bfloat16
+
+
+def _steps(args: argparse.Namespace) -> Iterator[Step]:
+    if args.study == "layer":
+        for source in _layers(args):
+            for study in ("dense", "call", "breakdown"):
+                yield from _of(study, source, args)
+        return
+    for name in args.case or ["qwen2.5-vl-32k"]:
+        source = _source(args, name)
+        for study in ("dense", "attention", "selection", "call", "breakdown"):
+            if args.study in (study, "all"):
+                yield from _of(study, source, args)
+
+
+def _of(study: str, source: Source, args: argparse.Namespace) -> Iterator[Step]:
+    """The steps of one study on one source."""
+    from vecattention import methods
+    from vecattention.bench import peers, studies
+
+    name, causal = source.case.name, source.case.causal
+    densities, backends = args.density or [0.1, 0.5], args.backend or ["auto"]
+    if study == "dense":
+        yield {"study": "dense", "case": name}, functools.partial(studies.dense, source)
+    if study == "attention":
+        for density in densities:
+            for kind in args.lists or ["random", "clustered"]:
                 for backend in backends:
-                    yield (
-                        {"study": "selection", **rule, "backend": backend},
-                        functools.partial(studies.selection, case, pool, block, scope, backend),
-                    )
-            if every or args.study == "call":
-                for density in densities:
-                    yield (
-                        {"study": "call", **rule, "density": density},
-                        functools.partial(studies.whole, case, density, pool, block, scope),
-                    )
+                    key = {"study": study, "case": name, "density": density, "lists": kind, "backend": backend}
+                    yield key, functools.partial(studies.attention, source, density, kind, backend)
+            key = {"study": "peer", "kernel": "flex_attention", "case": name, "density": density}
+            yield key, functools.partial(peers.flex, source, density, args.device != "cpu")
+    if study in ("selection", "call"):
+        for pool, block, scope in RULES:
+            rule = {"case": name, "pool": pool, "block": block, "scope": scope}
+            for backend in backends if study == "selection" else []:
+                key = {"study": study, **rule, "backend": backend}
+                yield key, functools.partial(studies.selection, source, pool, block, scope, backend)
+            for density in densities if study == "call" else []:
+                key = {"study": study, **rule, "density": density}
+                yield key, functools.partial(studies.whole, source, density, pool, block, scope)
+    if study == "breakdown":
+        for method in methods.names():
+            if causal in methods.get(method).modes:
+                key = {"study": "method", "case": name, "method": method, "recall": args.recall}
+                yield key, functools.partial(peers.method, source, method, args.recall)
+
+
+def _layers(args: argparse.Namespace) -> Iterator[Source]:
+    from vecattention.bench.cases import Source
+    from vecattention.evals.fidelity.captured import capture_movies
+
+    found = capture_movies(args.model, args.tokens, (0,), args.layers, args.device)
+    model = "testbed" if args.model is None else Path(args.model).name
+    for one in found:
+        name = f"{model} {args.tokens} {one.name}"
+        yield Source.captured(name, one.query, one.key, one.value, one.causal, args.device, _dtype(args))
+
+
+def _tune(args: argparse.Namespace) -> int:
+    """Launch shapes first, then crossovers with them; the profile is written after each. Number of wrong results."""
+    from vecattention.bench import record, tune
+    from vecattention.bench.cases import Source
+
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    backend = "hopper" if args.device == "cuda" and torch.cuda.get_device_capability() == (9, 0) else "triton"
+    path = args.profile or args.out.parent / f"{profile.slug(gpu)}.json"
+    sources = [_source(args, name) for name in args.case or ["qwen2.5-vl-32k", "square-32k"]]
+    steps = tune.steps(backend, sources)
+    tune.compile_ahead(steps, args.processes)
+    wrong = _measure(args, steps)
+    told = f"vecattention bench tune, {args.out.name}"
+    _write(path, tune.profile_of(gpu, record.read(args.out), told))
+    os.environ[profile.VARIABLE] = str(path)
+    profile.for_gpu.cache_clear()
+    wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args))))
+    _write(path, tune.profile_of(gpu, record.read(args.out), told))
+    sys.stdout.write(f"profile in {path}; use it with {profile.VARIABLE}={path}\n")
+    return wrong
+
+
+def _write(path: Path, made: profile.Profile) -> None:
+    from vecattention.atomic import replacing
+
+    held: dict[str, Any] = profile.as_json(made)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as name:
+        Path(name).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")

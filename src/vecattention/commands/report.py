@@ -44,6 +44,20 @@ def run(args: argparse.Namespace) -> int:
         for r in figures.shares(found)
     ]
     _table("selection", ["case", "P R scope", "ms", "of dense"], chosen, args.markdown)
+    ways = [
+        [r["case"], r["method"], f"{r['recall']:.3f}", f"{100 * r['density']:.1f} %", f"{r['select_ms']:.3f}",
+         f"{r['attend_ms']:.3f}", f"{r['ratio']:.2f}x"]
+        for r in figures.methods(found)
+    ]  # fmt: skip
+    _table(
+        "methods at equal recall", ["case", "method", "recall", "density", "select ms", "attend ms", "faster"], ways,
+        args.markdown,
+    )  # fmt: skip
+    others = [
+        [r["case"], r["kernel"], r["lists"], f"{100 * r['density']:.0f} %", f"{r['ms']:.3f}", f"{r['tflops']:.0f}"]
+        for r in found if r["study"] == "peer"
+    ]  # fmt: skip
+    _table("other sparse kernels", ["case", "kernel", "lists", "density", "ms", "TFLOP/s"], others, args.markdown)
     rates = [
         [r["case"], str(r["block"]), r["lists"], f"{100 * r['density']:.0f} %", r["backend"], f"{r['ms']:.3f}",
          f"{r['tflops']:.0f}", f"{r['error']:.1e}"]

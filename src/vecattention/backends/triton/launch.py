@@ -57,7 +57,7 @@ def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectSh
     rows, step = max(64, rule.rows_per_block), max(64, rule.k_local_size)
     if dtype == torch.float32 or head_dim > 128:
         return SelectShape(rows, step, warps=8, stages=1)
-    return SelectShape(rows, step)
+    return SelectShape(rows, step, stages=3 if step == 64 else 2)  # Ada has 99 KiB of shared memory for a program
 
 
 def attend_shape(block: int, head_dim: int, dtype: torch.dtype) -> AttendShape:

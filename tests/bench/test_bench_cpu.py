@@ -1,0 +1,207 @@
+"""Every study of `vecattention bench` on a CPU: small shapes in float32, the same code that a GPU runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vecattention
+from vecattention import cli, methods, profile
+from vecattention.bench import figures, peers, record, studies, tune
+from vecattention.bench.cases import CASES, Case, Source, lists
+from vecattention.bench.exact import error_of
+from vecattention.recall import recall
+
+CAUSAL = Case("tiny-causal", 4, 2, 640, 640, True, head_dim=32)
+FULL = Case("tiny-full", 2, 2, 768, 768, False, head_dim=32)
+OBLONG = Case("tiny-oblong", 2, 2, 512, 768, False, head_dim=32)
+
+
+def source(case: Case, structure: float = 0.0) -> Source:
+    return Source(case, "cpu", torch.float32, structure=structure)
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (CAUSAL, FULL):
+        monkeypatch.setitem(CASES, case.name, case)
+
+
+@pytest.mark.parametrize("case", [CAUSAL, FULL], ids=lambda case: case.name)
+def test_all_of_it_and_its_report(case: Case, cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b.jsonl"
+    asked = ["bench", "all", "--device", "cpu", "--case", case.name, "--density", "0.5", "--out", str(out)]
+    assert cli.main(asked) == 0
+    found = record.read(out)
+    assert not [r["failed"] for r in found if "failed" in r]
+    kinds = {r["study"] for r in found}
+    assert kinds == {"dense", "attention", "peer", "selection", "call", "method"}
+    assert {r["method"] for r in found if r["study"] == "method"} == {
+        name for name in methods.names() if case.causal in methods.get(name).modes
+    }
+    assert all(r["error_ok"] for r in found if "error_ok" in r)
+    calls = [r for r in found if r["study"] == "call"]
+    assert len(calls) == 4 and all(abs(r["density"] - 0.5) < 0.08 for r in calls)
+    before = out.read_bytes()
+    assert cli.main(asked) == 0 and out.read_bytes() == before, "nothing is measured twice"
+    capsys.readouterr()
+    assert cli.main(["report", str(out), "--markdown", "--png", str(tmp_path / "p.png")]) == 0
+    said = capsys.readouterr().out
+    assert "methods at equal recall" in said and "other sparse kernels" in said and "| flex_attention |" in said
+    assert (tmp_path / "p.png").stat().st_size > 20_000
+
+
+def test_layers_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "l.jsonl"
+    asked = ["bench", "layer", "--device", "cpu", "--tokens", "512", "--layers", "1", "--density", "0.3"]
+    assert cli.main([*asked, "--recall", "0.8", "--out", str(out)]) == 0
+    found = record.read(out)
+    assert not [r["failed"] for r in found if "failed" in r]
+    assert {r["study"] for r in found} == {"dense", "call", "method"}
+    assert {r["case"] for r in found} == {"testbed 512 movie0-layer1"}
+    mine = next(r for r in found if r["study"] == "method" and r["method"] == "vecattention")
+    assert abs(mine["recall"] - 0.8) < 0.05
+
+
+def test_recall_over_sampled_rows_is_the_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "ROWS", 10_000)
+    for case, name in ((CAUSAL, "xattention"), (FULL, "svg"), (FULL, "vecattention")):
+        made = source(case, 1.0)
+        query, key, value = made.tensors()
+        given = {"value": value} if methods.get(name).takes_value else {}
+        selection = methods.get(name).select(query, key, causal=case.causal, **given)
+        mine = peers._recall(selection, *peers._sampled(query, key, case))
+        assert mine == pytest.approx(float(recall(query, key, selection).mean()), abs=1e-5)
+
+
+def test_methods_are_turned_to_the_recall_asked_for() -> None:
+    for name in ("vecattention", "flexprefill"):
+        found = peers.method(source(CAUSAL, 1.0), name, 0.8)
+        assert abs(found["recall"] - 0.8) < 0.08 and found["error_ok"]
+        assert found["ms"] == pytest.approx(found["select_ms"] + found["attend_ms"], abs=2e-4)
+
+
+def test_errors_follow_the_order_of_permuted_rows() -> None:
+    """SVG's temporal heads list rows that lie apart."""
+    query, key, value = source(FULL).tensors()
+    order = torch.randperm(FULL.q_len, generator=torch.Generator().manual_seed(0)).expand(1, 2, -1).contiguous()
+    made = lists(FULL, 0.2, device="cpu")
+    selection = vecattention.Selection(made.words, made.q_len, made.k_len, made.block, False, order)
+    out = vecattention.attend(query, key, value, selection)
+    assert error_of(out, query, key, value, selection, False).passes
+    assert not error_of(out, query, key, value, made, False).passes
+
+
+@pytest.mark.parametrize("case", [CAUSAL, FULL, OBLONG], ids=lambda case: case.name)
+def test_random_blocks_are_what_flex_attention_computes(case: Case) -> None:
+    found = peers.flex(source(case), 0.4, compiled=False)
+    assert found["error_ok"] and found["error"] < 1e-5
+
+
+def test_a_shape_that_a_method_does_not_take_ends_no_run(tmp_path: Path) -> None:
+    step = ({"study": "method"}, lambda: peers.method(source(OBLONG), "svg", 0.9))
+    (found,) = record.run(tmp_path / "r.jsonl", [step])
+    assert found["failed"].startswith("ValueError: query has Sq=512 rows")
+
+
+def test_pages_hold_the_kept_keys() -> None:
+    selection = lists(FULL, 0.2, device="cpu")
+    table, counts = peers.pages(selection, FULL)
+    for at, (row, count) in enumerate(zip(table.tolist(), counts.tolist(), strict=True)):
+        head, block = divmod(at, selection.blocks)
+        assert [x - head * FULL.k_len for x in row[:count]] == selection.columns(0, head, block).tolist()
+
+
+def test_a_peer_that_is_not_installed_is_recorded_as_such(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    if __import__("importlib.util").util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed here")
+    step = ({"study": "peer"}, lambda: peers.paged(source(FULL), 0.1, "random"))
+    (found,) = record.run(tmp_path / "r.jsonl", [step])
+    assert found["failed"].startswith("ModuleNotFoundError: No module named 'flash_attn")
+
+
+def test_crossovers_are_read_off_the_records() -> None:
+    def rows(k_len: int, dense: float, **calls: float) -> list[record.Record]:
+        key = {"case": f"causal-{k_len}", "use": "crossover"}
+        base = {"case": key["case"], "key": key}
+        return [
+            {"study": "dense", "ms": dense, **base}, {"study": "dense", "ms": 2 * dense, **base},
+            *({"study": "call", "asked": float(d[1:]) / 100, "ms": ms, **base} for d, ms in calls.items()),
+        ]  # fmt: skip
+
+    found = [*rows(1024, 1.0, d10=0.9, d50=3.0), *rows(2048, 2.0, d10=2.1, d50=3.0), *rows(4096, 4.0, d10=2.0, d50=5.0)]
+    assert tune.crossovers(found) == (
+        profile.Crossover(True, 0.1, 4096),  # not 1024: at 2048 it lost
+        profile.Crossover(True, 0.5, None),
+    )
+
+
+def test_crossover_steps_run(tmp_path: Path) -> None:
+    small = {True: CAUSAL, False: FULL}
+    steps = tune.crossover_steps(lambda case: source(small[case.causal]), lengths=(1,), densities=(0.3,))
+    found = list(record.run(tmp_path / "r.jsonl", steps))
+    assert [r["study"] for r in found if "failed" not in r].count("call") == 2
+
+
+def test_launch_shapes_that_gain_are_kept() -> None:
+    def row(kernel: str, case: str, ms: float, **fields: int) -> record.Record:
+        return {"study": "tune", "kernel": kernel, "case": case, "fields": fields, "ms": ms}
+
+    found = [
+        row("a", "x", 2.0), row("a", "y", 2.0), row("a", "x", 1.0, step=32), row("a", "y", 2.5, step=32),
+        row("a", "x", 0.5, step=64), {**row("a", "y", 0.1, step=64), "failed": "no"},
+        row("b", "x", 1.0), row("b", "x", 0.995, step=32),
+    ]  # fmt: skip
+    assert tune.shapes(found) == {"a": {"step": 32}}, "the sum over cases counts, and a gain of a percent or more"
+
+
+def test_a_launch_shape_that_cannot_be_is_recorded_as_failed() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernel = tune.Kernel("triton.attend_r64_d32_single", 64, ())
+    found = tune.trial(source(CAUSAL), kernel, {"step": 48})
+    assert found["failed"] == "ValueError: step is 48, wanted a power of 2, at least 16; correct the launch shape"
+
+
+def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
+    """Trials, profile and its use, through the command line, with Triton's interpreter in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = (
+        "import sys, torch; from vecattention import cli; from vecattention.bench import tune, cases\n"
+        "cases.CASES['t'] = cases.Case('t', 1, 1, 128, 128, True, head_dim=32)\n"
+        "tune.TRITON_ATTEND = ({'step': 16},); tune.LENGTHS = ()\n"
+        "tune.crossover_steps.__defaults__ = ((), ())\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    out, path = tmp_path / "t.jsonl", tmp_path / "p.json"
+    asked = ["bench", "tune", "--device", "cpu", "--case", "t", "--processes", "1", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked, "--profile", str(path)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = record.read(out)
+    assert [(r["kernel"], r["fields"]) for r in found] == [
+        (f"triton.attend_r{block}_d32_single", fields) for block in (64, 128) for fields in ({}, {"step": 16})
+    ]
+    assert not [r["failed"] for r in found if "failed" in r]
+    made = profile.read(path)
+    assert made.gpu == "CPU" and set(made.shapes) <= {"triton.attend_r64_d32_single", "triton.attend_r128_d32_single"}
+    assert json.loads(path.read_text())["schema"] == 1
+
+
+def test_bad_recall_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "breakdown", "--device", "cpu", "--recall", "1.5"]) == 2
+    assert "--recall is 1.5, wanted a share of the softmax mass in (0, 1]" in capsys.readouterr().err
+
+
+def test_useful_work_is_that_of_the_kept_pairs() -> None:
+    selection = lists(FULL, 0.25, device="cpu")
+    assert studies.useful_flop(FULL, selection) == 4 * 32 * int(selection.mask().sum())
+    assert figures.methods([]) == []

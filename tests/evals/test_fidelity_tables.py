@@ -68,7 +68,7 @@ class TestMatched:
     def test_lines_stand_by_target_then_recall_and_say_what_was_missed(self) -> None:
         lines = matches.matched(self.ROWS).rows
         assert lines[0][:6] == ["10 %", "xattention", "threshold=1e-09", "15.0 % (cannot reach 10 %)", "0.900", "0.600"]
-        assert lines[1][1:4] == ["vecattention (published)", "threshold=0.9", "12.0 % (nearest step)"]
+        assert lines[1][1:4] == ["vecattention G=16 (published)", "threshold=0.9", "12.0 % (nearest step)"]
         assert lines[2][3:5] == ["20.0 %", "0.800"] and lines[3][3:5] == ["20.1 %", "0.600"]
 
     def test_what_reached_its_target_stands_first(self) -> None:
@@ -203,6 +203,13 @@ class TestShow:
         told = capsys.readouterr().out
         tables = show.tables(list(records), ("matched", "heads"), 0.2)
         assert told == "".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables)
+
+    def test_the_picture_is_drawn_again(
+        self, records: Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run("--show", str(records.path), "--tables", "waste", "--png", str(tmp_path / "again.png")) == 0
+        assert (tmp_path / "again.png").read_bytes()[:4] == b"\x89PNG"
+        assert "again.png" in capsys.readouterr().out
 
     @pytest.mark.parametrize("arguments, message", [
         (["--show", "nowhere.jsonl"], "--show is nowhere.jsonl, wanted a file that this command wrote"),

@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if args.show is not None:
         if not Path(args.show).is_file():
             raise FileNotFoundError(f"--show is {args.show}, wanted a file that this command wrote; none is there")
-        _print(list(Records(args.show)), args)
+        rows = list(Records(args.show))
+        _print(rows, args)
+        _draw(rows, args.png)
         return 0
     from vecattention.evals.fidelity.samples import fingerprint
     from vecattention.evals.fidelity.study import Plan, study
-    from vecattention.evals.fidelity.tables import of
 
     samples, data = _samples(args)
     folder = Path(args.out)
@@ -53,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
     mark = fingerprint(samples)
     rows = [row for row in records if row["key"]["fingerprint"] == mark and row["key"]["data"] == data]
     _print(rows, args)
-    if of(rows, "sweep"):
-        show.pareto(rows, folder / "pareto.png")
-        sys.stdout.write(f"wrote {folder / 'pareto.png'}\n")
+    _draw(rows, args.png or folder / "pareto.png")
     sys.stdout.write(f"wrote {written} rows to {records.path} ({len(records)} in all)\n")
     return 0
 
@@ -73,6 +72,15 @@ def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             sys.stdout.write(f"{table.title}\n\n{table.markdown()}\n")
         else:
             console.print(table.rich())
+
+
+def _draw(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """The Pareto picture, where one is wanted and there is a sweep."""
+    from vecattention.evals.fidelity import show
+
+    if path is not None and any(row["key"]["study"] == "sweep" for row in rows):
+        show.pareto(rows, path)
+        sys.stdout.write(f"wrote {path}\n")
 
 
 def _fidelity(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +111,7 @@ def _fidelity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", nargs="+", metavar="TABLE", help="which to print (all)")
     parser.add_argument("--at", type=float, default=0.1, help="density of the tables by head (%(default)s)")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    parser.add_argument("--png", type=Path, help="the Pareto picture (pareto.png in --out; with --show none)")
     parser.add_argument("--out", default="out/fidelity", help="folder of fidelity.jsonl and pareto.png (%(default)s)")
 
 

@@ -56,7 +56,7 @@ def pareto(rows: list[Row], path: str | os.PathLike[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), constrained_layout=True)
     for row_name, shown in (("recall", axes[0]), ("l2", axes[1])):
         for order, (label, points) in enumerate(_points(rows, row_name).items()):
             shown.plot(*zip(*points, strict=True), **_style(order), label=name_of(label))
@@ -70,8 +70,10 @@ def pareto(rows: list[Row], path: str | os.PathLike[str]) -> None:
     )
     axes[1].set(xscale="log", yscale="log", xlabel="density (kept / allowed pairs)", ylabel="output error, relative L2")
     axes[1].set(ylim=(3e-3, 1.3))
-    axes[0].legend(fontsize=7, loc="lower right")
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, loc="outside lower center", ncols=4)
     for shown in axes:
+        shown.set(xlim=(0.01, 1))
         shown.grid(alpha=0.25, which="both")
     figure.suptitle(f"{rows[0]['key']['data']}: means over heads and layers", fontsize=10)
     _save(figure, Path(path))

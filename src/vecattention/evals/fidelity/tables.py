@@ -18,14 +18,14 @@ SHOWN = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Densities of the columns of a curve."""
 
 SHORT = {
-    "vecattention": "vecattention (published)",
+    "vecattention": "vecattention G=16 (published)",
     "vecattention:max_scope=row": "vecattention row",
     "vecattention:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128",
     "vecattention:group_k_block=8192": "vecattention G=8192 (published)",
     "vecattention@coverage:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128 by coverage",
     "vecattention@density:max_scope=row,q_pooling_size=32,q_block_size=128": "vecattention row P32 R128 by density",
-    "vecattention@density": "vecattention (published) by density",
-    "vecattention@density:group_k_block=8192": "vecattention G=8192 (published) by density",
+    "vecattention@density": "vecattention G=16 by density",
+    "vecattention@density:group_k_block=8192": "vecattention G=8192 by density",
 }
 
 

@@ -31,12 +31,14 @@ SETTINGS: list[dict[str, Any]] = [
     *({"density": density} | WIDE for density in (0.05, 0.1)),
     {"density": 0.1} | WINDOW,
     *({"threshold": theta} | WINDOW for theta in (1.0, 0.95, 0.9, 0.8)),
+    *({"threshold": theta, "group_k_block": group} | WINDOW
+      for group, theta in ((4, 1.0), (64, 0.9), (64, 0.6), (8192, 0.6), (8192, 0.1))),
     *({"threshold": theta} | ROW for theta in (0.9, 0.5, 0.1)),
     *({"threshold": theta} | WIDE for theta in (0.5, 0.1)),
     *({"threshold": theta} | WINDOW | AUTO for theta in (1.0, 0.9)),
     *({"threshold": theta} | ROW | AUTO for theta in (0.9, 0.5)),
     *({"threshold": theta} | WIDE | AUTO for theta in (0.9, 0.5)),
-]
+]  # fmt: skip
 
 
 def main(path: str) -> None:

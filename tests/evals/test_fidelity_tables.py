@@ -113,6 +113,7 @@ class TestMaximum:
     def test_heads_are_counted_where_both_rules_reach_the_density(self) -> None:
         table = maximum.heads(self.rows(), 0.1)
         assert table.rows[0][:5] == ["layer0 head 0", "0.900", "0.700", "0.700", "0.500"]
+        assert table.rows[4][:5] == ["mean", "0.850", "0.650", "0.650", "-"]
         assert table.rows[3][4] == "-" and table.rows[-1][3:5] == ["0 of 4", "1 of 3"]  # 0.7 is not ahead of 0.7
 
     def test_waste_is_a_share_of_the_chosen(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from vecattention.evals.fidelity.tables import Table, head_name, of, place_of
+from vecattention.evals.fidelity.tables import Table, head_name, mean_of, of, place_of, text_of
 
 Row = dict[str, Any]
 GROUPS = (4, 16, 64, 8192)
@@ -27,16 +27,18 @@ def heads(rows: list[Row], density: float) -> Table:
     names = ["row", "top-p", *(f"window {group} {kind}" for group in GROUPS for kind in ("running", "final"))]
     lines = []
     ahead: list[list[bool]] = [[] for _ in names]
+    every: list[list[float | None]] = []
     for layer in dict.fromkeys(map(_layer, found)):
         here = [row for row in found if _layer(row) == layer]
         for head in range(len(here[0]["recall"])):
             best = mean(row["recall"][ORACLE][head][place] for row in oracles if _layer(row) == layer)
             values = [_recall(here, name, head, place) for name in names]
-            label = f"{layer} {head_name(found[0], head)}".strip()
-            lines.append([label, f"{best:.3f}", *("-" if x is None else f"{x:.3f}" for x in values)])
+            every.append([best, *values])
+            lines.append([f"{layer} {head_name(found[0], head)}".strip(), *map(text_of, every[-1])])
             for verdicts, x in zip(ahead, values, strict=True):
                 if x is not None and values[0] is not None:
                     verdicts.append(values[0] > x)
+    lines.append(["mean", *(text_of(mean_of(column)) for column in zip(*every, strict=True))])
     lines.append(["row is ahead in", "", "", *(f"{sum(them)} of {len(them)}" for them in ahead[1:])])
     title = f"The maximum rule by layer and head: recall at {100 * density:g} % of all pairs"
     return Table(title, ("map", "oracle", *names), lines)
@@ -74,8 +76,7 @@ def waste(rows: list[Row]) -> Table:
 
 def _recall(rows: list[Row], name: str, head: int, place: int) -> float | None:
     """Mean over samples, None where a density is below the least."""
-    found = [row["recall"][head][place] for row in rows if row["key"]["rule"] == name]
-    return None if None in found else mean(found)
+    return mean_of([row["recall"][head][place] for row in rows if row["key"]["rule"] == name])
 
 
 def _reached(rows: list[Row], place: int) -> tuple[float, float]:

@@ -84,7 +84,7 @@ def oracle(rows: list[Row]) -> Table:
     lines = []
     for name in sorted(found[0]["recall"], key=lambda name: -_alone(found, name, places[-1])):
         joint = together([row["bins"][name] for row in found], SHOWN)
-        cells = [f"{_alone(found, name, i):.3f}, {_text(j)}" for i, j in zip(places, joint, strict=True)]
+        cells = [f"{_alone(found, name, i):.3f}, {text_of(j)}" for i, j in zip(places, joint, strict=True)]
         lines.append([name, *cells])
     title = "Oracle: best recall at each density (each head with its own budget, all heads and layers with one)"
     return Table(title, ("granularity", *_percent(SHOWN)), lines)
@@ -97,9 +97,9 @@ def curves(rows: list[Row], study: str, title: str) -> Table:
     lines = []
     for name in dict.fromkeys(rule_of(row) for row in found):
         these = [row for row in found if rule_of(row) == name]
-        alone = [_mean([head[i] for row in these for head in row["recall"]]) for i in places]
-        joint = [_mean([row["together"][i] for row in these]) for i in places]
-        lines.append([name, *(f"{_text(a)}, {_text(t)}" for a, t in zip(alone, joint, strict=True))])
+        alone = [mean_of([head[i] for row in these for head in row["recall"]]) for i in places]
+        joint = [mean_of([row["together"][i] for row in these]) for i in places]
+        lines.append([name, *(f"{text_of(a)}, {text_of(t)}" for a, t in zip(alone, joint, strict=True))])
     title += ": recall at equal density (each head at its own cut-off, the heads of a layer under one)"
     return Table(title, ("rule", *_percent(SHOWN)), lines)
 
@@ -114,7 +114,7 @@ def price(rows: list[Row]) -> Table:
     curve = {}
     for name in dict.fromkeys(rule_of(row) for row in found):
         together = [row["together"] for row in found if rule_of(row) == name]
-        curve[name] = [_mean([one[i] for one in together]) for i in range(len(densities))]
+        curve[name] = [mean_of([one[i] for one in together]) for i in range(len(densities))]
     lines = []
     for name, recall in curve.items():
         base = curve[name.partition(" P=")[0] + " P=64 R=64"]
@@ -177,10 +177,12 @@ def _alone(rows: list[Row], name: str, place: int) -> float:
     return float(mean(mean(head[place] for head in row["recall"][name]) for row in rows))
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean, None where one is missing."""
     there = [x for x in values if x is not None]
     return mean(there) if len(there) == len(values) else None
 
 
-def _text(value: float | None) -> str:
+def text_of(value: float | None) -> str:
+    """With three digits; a dash for none."""
     return "-" if value is None else f"{value:.3f}"

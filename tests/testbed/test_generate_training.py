@@ -137,7 +137,7 @@ def test_captions_reach_the_transformer_as_the_pipeline_sends_them(whole: Path) 
 def test_encoded_films_are_normal_and_decode_to_the_films(whole: Path) -> None:
     parts = network.build(TINY, 0)
     films = losses.encode(parts, TINY, 12, 4, 0, torch.device("cpu"))
-    assert films.latents.shape == (12, 16, 3, 2, 2) and films.ids.shape == (12, network.PROMPT)
+    assert films.latents.shape == (12, 16, 5, 2, 2) and films.ids.shape == (12, network.PROMPT)
     flat = films.latents.float().transpose(0, 1).flatten(1)
     assert flat.mean(1).abs().max() < 0.02 and (flat.std(1) - 1).abs().max() < 0.02
     mean, spread = (torch.tensor(parts.vae.config[name]) for name in ("latents_mean", "latents_std"))

@@ -38,29 +38,38 @@ class Sizes:
     """The numbers of the generator.
 
     Attributes:
-        size: height and width of a film, pixels, a multiple of 8.
+        size: height and width of a film, pixels, a multiple of 16.
         frames: frames of a film, one more than a multiple of 4.
         channels: latent channels.
-        base, multiples: channels of the autoencoder at its three resolutions: base * multiple.
+        patch: pixels, in height and width, that the autoencoder takes as one.
+        base, multiples: channels of the autoencoder at its two or three resolutions: base * multiple.
         width, heads, layers, wide: of the transformer; ``wide`` is the width of its feed-forward layers.
         text: width of the text encoder.
     """
 
-    size: int = 128
-    frames: int = 25
+    size: int = 64
+    frames: int = 13
     channels: int = 16
-    base: int = 20
-    multiples: tuple[int, int, int] = (1, 2, 2)
-    width: int = 192
-    heads: int = 6
-    layers: int = 8
-    wide: int = 512
+    patch: int = 4
+    base: int = 32
+    multiples: tuple[int, ...] = (1, 1)
+    width: int = 128
+    heads: int = 4
+    layers: int = 4
+    wide: int = 384
     text: int = 64
+
+    @property
+    def shrink(self) -> tuple[int, int]:
+        """Frames, and pixels in height and width, of one latent."""
+        halvings: int = 2 ** (len(self.multiples) - 1)
+        return halvings, self.patch * halvings
 
     @property
     def latent(self) -> tuple[int, int, int]:
         """Latent frames, height and width: the tokens of the transformer."""
-        return (self.frames - 1) // 4 + 1, self.size // 8, self.size // 8
+        time, space = self.shrink
+        return (self.frames - 1) // time + 1, self.size // space, self.size // space
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,10 @@ def build(sizes: Sizes, seed: int = 0) -> Parts:
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(
             base_dim=sizes.base, z_dim=sizes.channels, dim_mult=list(sizes.multiples), num_res_blocks=1,
-            temperal_downsample=[True, True], latents_mean=[0.0] * sizes.channels, latents_std=[1.0] * sizes.channels,
-            in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=8,
-            scale_factor_temporal=4,
+            temperal_downsample=[True] * (len(sizes.multiples) - 1),
+            latents_mean=[0.0] * sizes.channels, latents_std=[1.0] * sizes.channels,
+            in_channels=3 * sizes.patch**2, out_channels=3 * sizes.patch**2, patch_size=sizes.patch, is_residual=True,
+            scale_factor_spatial=sizes.shrink[1], scale_factor_temporal=sizes.shrink[0],
         )  # fmt: skip
         _start(vae)
         transformer = WanTransformer3DModel(
@@ -112,7 +122,8 @@ def build(sizes: Sizes, seed: int = 0) -> Parts:
 
 def _start(vae: Any) -> None:
     """Weights from which the autoencoder learns fast: convolutions that keep the size of what they are given, residual
-    branches that begin as nothing, and latents with little noise. With PyTorch's own it learns greys alone for long."""
+    branches that begin as nothing, and latents with little noise. First layers get biases as large as their values:
+    the norms take the size of a vector away, so that without them all greys are one."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock
 
     for part in vae.modules():
@@ -125,12 +136,14 @@ def _start(vae: Any) -> None:
             torch.nn.init.zeros_(part.conv2.weight)
         if isinstance(part, WanAttentionBlock):
             torch.nn.init.zeros_(part.proj.weight)
+    for part in (vae.encoder.conv_in, vae.decoder.conv_in):
+        torch.nn.init.normal_(part.bias)
     channels = vae.config.z_dim
     torch.nn.init.zeros_(vae.quant_conv.weight[channels:])
     torch.nn.init.constant_(vae.quant_conv.bias[channels:], LOG_VARIANCE)
 
 
-LOG_VARIANCE = -6.0
+LOG_VARIANCE = -4.5
 """Of the latents' noise before training."""
 
 SHIFT = 3.0

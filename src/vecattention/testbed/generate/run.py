@@ -18,6 +18,9 @@ from vecattention.testbed.generate.network import Sizes
 from vecattention.testbed.generate.stage import Budget, Stage
 
 STAGES = ("autoencoder", "denoiser")
+AVERAGE = 0.998
+"""Decay of the running average of the denoiser's weights."""
+
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -30,9 +33,10 @@ class Settings:
         autoencoder, denoiser: how long each stage takes.
         sizes: of the generator.
         device, seed: where it runs, and what decides everything random.
-        clips, batch: films in a step of the autoencoder (clips of 9 frames) and of the denoiser.
+        clips, batch: cuttings of films in a step of the autoencoder, and films in one of the denoiser.
         films: films that are encoded for the denoiser.
         rates: peak learning rates of the two stages.
+        half: multiply in bfloat16.
         every: seconds between checkpoints.
         pause: leave off after so many steps of both stages together, for --resume to go on; None: never.
     """
@@ -43,10 +47,11 @@ class Settings:
     sizes: Sizes = Sizes()
     device: str = "cpu"
     seed: int = 0
-    clips: int = 48
-    batch: int = 64
-    films: int = 16384
-    rates: tuple[float, float] = (2e-3, 1.5e-3)
+    clips: int = 4
+    batch: int = 8
+    films: int = 3072
+    rates: tuple[float, float] = (3e-3, 2e-3)
+    half: bool = False
     every: float = 60.0
     pause: int | None = None
 
@@ -64,9 +69,14 @@ class Run:
         denoiser = dict(self.parts.transformer.named_parameters())
         denoiser |= {f"text.{name}": p for name, p in self.parts.text_encoder.named_parameters()}
         self.stages = (
-            Stage(dict(self.parts.vae.named_parameters()), settings.rates[0], settings.autoencoder, settings.seed + 1),
-            Stage(denoiser, settings.rates[1], settings.denoiser, settings.seed + 2, average=0.998),
-        )
+            Stage(
+                dict(self.parts.vae.named_parameters()), settings.rates[0], settings.autoencoder, settings.seed + 1,
+                half=settings.half,
+            ),
+            Stage(
+                denoiser, settings.rates[1], settings.denoiser, settings.seed + 2, average=AVERAGE, half=settings.half
+            ),
+        )  # fmt: skip
         self._films: losses.Encoded | None = None
         if self.device.type == "cuda":
             self.parts.transformer.compile_repeated_blocks(fullgraph=True)
@@ -124,7 +134,7 @@ class Run:
         stage = self.stages[number]
         line = {
             "stage": STAGES[number], "step": stage.steps, "seconds": round(stage.seconds, 1), "loss": round(loss, 5),
-            "rate": stage.optimiser.param_groups[0]["lr"],
+            "rate": stage.optimisers[0].param_groups[0]["lr"],
         }  # fmt: skip
         with (self.settings.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -26,6 +26,10 @@ STEPS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
 """(x, y) of the directions; y points down."""
 
 
+CYCLES = 3.0
+"""Of every ground in a width of the frame; stripes lie level, upright or on either diagonal."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a caption says.
@@ -100,14 +104,12 @@ def draw(count: int, generator: torch.Generator) -> Films:
     across = step.flip(1).abs()
     centre = 0.5 + step.abs() * dice.uniform(-0.05, 0.05, count, 1) + across * dice.uniform(-0.18, 0.18, count, 1)
     table = shapes.colour_table(dice.device)[[shapes.COLOURS.index(name) for name in COLOURS]]
-    turn = dice.uniform(0, math.pi, count)
-    cycles = dice.uniform(3.0, 4.5, count)
-    lines = torch.stack([cycles * turn.cos(), cycles * turn.sin()], 1)
-    square = cycles[:, None].expand(-1, 2)
-    grid = torch.where((kinds[:, 3] == 0)[:, None], lines, square)
+    turn = dice.integers(0, 3, count) * (math.pi / 4)
+    lines = CYCLES * torch.stack([turn.cos(), turn.sin()], 1)
+    grid = torch.where((kinds[:, 3] == 0)[:, None], lines, torch.full_like(lines, CYCLES))
     dark, gap = dice.uniform(0.3, 0.55, count), dice.uniform(0.16, 0.26, count)
     return Films(
-        kinds, dice.uniform(0.15, 0.2, count), centre - step * length / 2, step * length, table[kinds[:, 0]],
+        kinds, dice.uniform(0.17, 0.22, count), centre - step * length / 2, step * length, table[kinds[:, 0]],
         torch.cat([grid, dice.uniform(0, 1, count, 2)], 1), torch.stack([dark, dark + gap], 1),
     )  # fmt: skip
 

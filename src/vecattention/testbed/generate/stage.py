@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vecattention.testbed.generate.muon import Muon
+
 WARM = 0.03
 """Share of a stage in which the rate rises."""
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
+LOOKED_UP = ("shared.", "embed_tokens.", "relative_attention_bias.", "scale_shift_table")
+"""Parameters that are tables, not matrices, by a part of their names."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,12 @@ def rate_at(share: float, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (share - WARM) / (1 - WARM))))
 
 
+def _is_matrix(name: str, p: Tensor) -> bool:
+    return p.ndim > 1 and p[0].numel() > 1 and not any(part in name for part in LOOKED_UP)
+
+
 class Stage:
-    """Parameters in training.
+    """Parameters in training: matrices and kernels by Muon, the others by Adam.
 
     Args:
         named: the parameters.
@@ -56,21 +64,24 @@ class Stage:
         budget: how long.
         seed: with the number of a step it decides everything random in that step.
         average: decay of the running average of the weights; 0: none.
+        half: multiply in bfloat16.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], rate: float, budget: Budget, seed: int, average: float = 0.0
-    ) -> None:
+        self, named: Mapping[str, nn.Parameter], rate: float, budget: Budget, seed: int, average: float = 0.0,
+        half: bool = False,
+    ) -> None:  # fmt: skip
         self.named, self.rate, self.budget, self.seed = dict(named), rate, budget, seed
         self.steps, self.seconds = 0, 0.0
-        self._decay = average
+        self.half, self._decay = half, average
         self.averages = {name: p.detach().clone() for name, p in named.items()} if average else {}
         first = next(iter(named.values()))
-        groups = [
-            {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=first.is_cuda)
+        matrices = [p for name, p in named.items() if _is_matrix(name, p)]
+        others = [p for name, p in named.items() if not _is_matrix(name, p)]
+        self.optimisers: tuple[torch.optim.Optimizer, ...] = (
+            Muon(matrices, rate),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=first.is_cuda),
+        )
 
     @property
     def share(self) -> float:
@@ -81,14 +92,16 @@ class Stage:
         """One step; the loss, still on the device."""
         device = next(iter(self.named.values())).device
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate_at(self.share, self.rate)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = rate_at(self.share, self.rate)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
             loss = loss_of(generator)
-        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.steps += 1
         self._average()
         return loss.detach()
@@ -98,7 +111,8 @@ class Stage:
         kept = {f"weight.{name}": p.detach() for name, p in self.named.items()}
         kept |= {f"average.{name}": x for name, x in self.averages.items()}
         for name, p in self.named.items():
-            kept |= {f"{key}.{name}": value.detach() for key, value in self.optimiser.state.get(p, {}).items()}
+            state = self._optimiser(name).state.get(p, {})
+            kept |= {f"{key}.{name}": value.detach() for key, value in state.items()}
         return {name: x.cpu().contiguous() for name, x in kept.items()}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
@@ -110,7 +124,10 @@ class Stage:
             found = {key: kept[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in kept}
             if found:
                 place = {key: p.device if key != "step" or p.is_cuda else torch.device("cpu") for key in found}
-                self.optimiser.state[p] = {key: value.clone().to(place[key]) for key, value in found.items()}
+                self._optimiser(name).state[p] = {key: value.clone().to(place[key]) for key, value in found.items()}
+
+    def _optimiser(self, name: str) -> torch.optim.Optimizer:
+        return self.optimisers[0 if _is_matrix(name, self.named[name]) else 1]
 
     def swap(self) -> None:
         """Exchange the weights and their averages; a second call changes them back."""

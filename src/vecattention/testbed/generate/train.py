@@ -54,7 +54,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         out=given.out, autoencoder=Budget(given.autoencoder_seconds, given.autoencoder_steps),
         denoiser=Budget(given.seconds, given.steps), sizes=sizes, device=given.device, seed=given.seed,
         clips=given.clips, batch=given.batch, films=given.films, rates=tuple(given.rates), every=given.every,
-        pause=given.pause,
+        pause=given.pause, half=given.bfloat16 or given.device == "cuda",
     )  # fmt: skip
 
 
@@ -96,10 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="or for this many steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=48, help="clips in a step of the autoencoder (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="films in a step of the denoiser (%(default)s)")
-    parser.add_argument("--films", type=int, default=16384, help="films to encode for the denoiser (%(default)s)")
-    parser.add_argument("--rates", type=float, nargs=2, default=(2e-3, 1.5e-3), help="peak learning rates")
+    parser.add_argument(
+        "--clips", type=int, default=4, help="cuttings of films in a step of the autoencoder (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="films in a step of the denoiser (%(default)s)")
+    parser.add_argument("--films", type=int, default=3072, help="films to encode for the denoiser (%(default)s)")
+    parser.add_argument("--rates", type=float, nargs=2, default=(3e-3, 2e-3), help="peak learning rates")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16 on a CPU too; on a GPU always")
     parser.add_argument("--test", type=int, default=48, help="films of the final test (%(default)s)")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between checkpoints (%(default)s)")
     parser.add_argument("--pause", type=int, help="leave off after so many steps; --resume goes on")

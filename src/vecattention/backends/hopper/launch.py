@@ -122,7 +122,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     limits = alpha.contiguous()
 
     def run(maxima: bool, tops: Tensor) -> None:
-        select_kernel[(row_tiles * segments, batch * heads)](
+        select_kernel[(row_tiles * batch * heads, segments)](
             high, low, key, limits, words, tops, *_strides(key), heads, heads // key.shape[1], rows, k_len,
             k_len - q_len, width, blocks, row_tiles, segments, span, window,
             D=dim, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, N=TILE, STAGES=shape.stages,

@@ -85,12 +85,27 @@ def _words(kept, N: gl.constexpr, SHARE: gl.constexpr):
 
 
 @gluon.jit
-def _candidates(row_start, key, k_len, P: gl.constexpr, CAUSAL: gl.constexpr):
-    """bool [64, N]: keys that may enter the maximum and be selected."""
+def _candidates(row_start, key, k_len, P: gl.constexpr, CAUSAL: gl.constexpr, SINK: gl.constexpr):
+    """bool [64, N]: keys that may enter the maximum and be selected; SINK: the first P keys may be among them."""
+    if CAUSAL and not SINK:
+        return key[None, :] < gl.minimum(row_start, k_len)[:, None]
     seen = (key < k_len)[None, :]
     if CAUSAL:
         seen = seen & (key >= P)[None, :] & (key[None, :] < row_start[:, None])
     return seen
+
+
+@gluon.jit
+def _finished(kept, scores, key, row_start, k_len, P: gl.constexpr, CAUSAL: gl.constexpr, SINK: gl.constexpr):
+    """What of ``kept`` are candidates, and the keys that are kept without a score; SINK: the first P are among them."""
+    kept = kept & (scores > float("-inf"))
+    if CAUSAL and SINK:
+        own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
+        kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
+    elif CAUSAL:
+        end = gl.minimum(row_start + P, k_len)
+        kept = kept | (key[None, :] >= row_start[:, None]) & (key[None, :] < end[:, None])
+    return kept
 
 
 @gluon.jit
@@ -118,12 +133,12 @@ def _cut(scores, top, first, window, B: gl.constexpr, N: gl.constexpr):
 def _step(scores, top, first, hi, tile, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
           alpha, row_start, k_len, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
           STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
-          EDGE: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+          EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate."""
     ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
     key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
     if EDGE:
-        scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL), scores, float("-inf"))
+        scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL, SINK), scores, float("-inf"))
     if MAXIMA:
         top = gl.maximum(top, gl.max(scores, 1))
     else:
@@ -134,10 +149,7 @@ def _step(scores, top, first, hi, tile, high, low, k_smem, k_full, k_empty, word
             passes = gl.reshape(scores, (HALF, N // B, B)) + alpha >= tops[:, :, None]
             kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
         if EDGE:
-            kept = kept & (scores > float("-inf"))
-            if CAUSAL:
-                own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
-                kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
+            kept = _finished(kept, scores, key, row_start, k_len, P, CAUSAL, SINK)
         words = _words(kept, N, SHARE)
         block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
         at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, words.type.layout))
@@ -176,26 +188,37 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     words_base = WORDS + bh.to(gl.int64) * blocks * width
     first_block = first_row // SHARE
 
-    # The first and the last tiles hold keys that are no candidates; between them nothing needs a look.
-    tiles = (hi - lo + N - 1) // N
+    # The first tile of all and the tiles of the rows' own keys hold keys that are no candidates; between them nothing
+    # needs a look, and past its rows' own keys a consumer only lets tiles go by.
+    all_tiles = (hi - lo + N - 1) // N
+    end = gl.minimum(hi, (first_row + HALF) * P + offset) if CAUSAL else hi
+    tiles = gl.maximum((end - lo + N - 1) // N, 0)
     sink = gl.minimum(1, tiles) if lo < P and CAUSAL else 0
     border = gl.minimum(first_row * P + offset, k_len) if CAUSAL else k_len
     clear = gl.minimum(gl.maximum((border - lo) // N, sink), tiles)
-    ahead = _start(high, low, k_smem, k_full, 0, True, N, STAGES, ACC)
-    scores = warpgroup_mma_wait(0, deps=(ahead,))
-    mbarrier.arrive(k_empty.index(0))
-    for t in range(0, sink):
-        scores, top = _step(
-            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
-            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True, ACC)  # fmt: skip
-    for t in range(sink, clear):
-        scores, top = _step(
-            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
-            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, False, ACC)  # fmt: skip
-    for t in range(clear, tiles):
-        scores, top = _step(
-            scores, top, lo + t * N, hi, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
-            alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True, ACC)  # fmt: skip
+    if tiles > 0:
+        ahead = _start(high, low, k_smem, k_full, 0, True, N, STAGES, ACC)
+        scores = warpgroup_mma_wait(0, deps=(ahead,))
+        mbarrier.arrive(k_empty.index(0))
+        for t in range(0, sink):
+            scores, top = _step(
+                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
+                True, ACC)  # fmt: skip
+        for t in range(sink, clear):
+            scores, top = _step(
+                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, False,
+                False, ACC)  # fmt: skip
+        for t in range(clear, tiles):
+            scores, top = _step(
+                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
+                False, ACC)  # fmt: skip
+    for t in range(tiles, all_tiles):
+        mbarrier.wait(k_full.index(t % STAGES), t // STAGES & 1)
+        barrier()  # so that no warp of the four is a whole round behind
+        mbarrier.arrive(k_empty.index(t % STAGES))
     if MAXIMA:
         gl.store(TOPS + (line + row) * segments + segment, top, mask=row < pooled_rows)
 
@@ -208,11 +231,12 @@ def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group,
                   CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
     """One segment of ``span`` keys for 128 pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
-    grid (row_tiles * segments, B * H), row tiles fastest, so that neighbours read the same keys from L2. Words of keys
-    that no row of the tile can see are left as they were.
+    grid (row_tiles * B * H, segments), the last segment first: neighbours read the same keys from L2, and in causal mode
+    the costly tiles of the rows' own keys come before those that fill the gaps. Words of keys that no row of the tile
+    can see are left as they were.
     """
-    tile_row, segment = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
-    bh = gl.program_id(1)
+    tile_row, bh = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
+    segment = segments - 1 - gl.program_id(1)
     lo = segment * span
     hi = gl.minimum(lo + span, k_len)
     if CAUSAL:

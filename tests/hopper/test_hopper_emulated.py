@@ -1,0 +1,192 @@
+"""The Hopper kernels' own source against the law, in an emulator (`gluon_emulator`): no GPU is needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gluon_emulator
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon", reason="Triton, whose launches these are, is not installed")
+
+from tolerance import Exact  # noqa: E402
+
+import vecattention  # noqa: E402
+from vecattention import bits, spec  # noqa: E402
+from vecattention.backends import reference  # noqa: E402
+from vecattention.backends.hopper import launch  # noqa: E402
+from vecattention.ops import rule_of  # noqa: E402
+
+FOLDER = Path(launch.__file__).parent
+PROGRAMS = 3
+
+
+class Pool:
+    """In place of `launch.pool_kernel`, which is plain Triton."""
+
+    def __getitem__(self, grid: object) -> Any:
+        def run(query: Tensor, high: Tensor, low: Tensor, *given: Any, D: int, P: int) -> None:
+            scale = given[-1]
+            mean = (reference.pooled_queries(query, P) * scale).reshape(high.shape)
+            high.copy_(mean)
+            low.copy_(mean - high.float())
+
+        return run
+
+
+class Count:
+    """In place of `launch.count_kernel`."""
+
+    def __getitem__(self, grid: object) -> Any:
+        def run(words: Tensor, counts: Tensor, width: int, blocks: int, lists: int, rows: int, q_len: int, k_len: int,
+                CAUSAL: bool, PAIR: bool, SIZE: int) -> None:  # fmt: skip
+            held = bits.unpack(words, k_len).flatten(0, 1)
+            for at in range(len(counts)):
+                head, block = divmod(at, blocks)
+                mine = held[head, 2 * block : 2 * block + 2].any(0) if PAIR else held[head, block]
+                keys = min((block + 1) * rows + k_len - q_len, k_len) if CAUSAL else k_len
+                counts[at] = mine[:keys].sum()
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("select", "attend"):
+        kernel = getattr(gluon_emulator.load(FOLDER / f"{name}.py"), f"{name}_kernel")
+        monkeypatch.setattr(launch, f"{name}_kernel", gluon_emulator.Kernel(kernel))
+    monkeypatch.setattr(launch, "pool_kernel", Pool())
+    monkeypatch.setattr(launch, "count_kernel", Count())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    facts = SimpleNamespace(multi_processor_count=PROGRAMS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    yield
+
+
+def tensors(heads: int, kv_heads: int, q_len: int, k_len: int, dim: int = 64, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len))
+    return tuple(torch.randn(1, h, s, dim, generator=generator).mul(1.5).to(torch.float16) for h, s in sizes)
+
+
+SHAPES = {"prefix": (2, 1, 300, 557), "square": (2, 2, 640, 640), "one row": (1, 1, 1, 200), "short": (1, 1, 40, 40)}
+RULES: dict[str, dict[str, Any]] = {
+    "P32 R128": {"q_pooling_size": 32, "q_block_size": 128},
+    "P64 R128 row": {"q_pooling_size": 64, "q_block_size": 128, "max_scope": "row"},
+    "P128 B64 G8": {"q_pooling_size": 128, "k_local_size": 64, "group_k_block": 8},
+    "P64 R64": {"q_pooling_size": 64, "q_block_size": 64},
+    "P16 R128 G8": {"q_pooling_size": 16, "q_block_size": 128, "group_k_block": 8},
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_selection_is_the_laws(shape: str, rule: str, causal: bool) -> None:
+    query, key, _ = tensors(*SHAPES[shape])
+    asked = rule_of(64, causal=causal, **RULES[rule])
+    alpha = torch.tensor([[0.3, 3.0]])[:, : query.shape[1]].contiguous()
+    found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256, stages=2))
+    differ = int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum())
+    assert differ <= 1, "but for a key whose score meets the cut-off within rounding"
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("rule", ["P16 R128 G8", "P16 R128 row", "P32 R128"])
+def test_the_selection_over_several_tiles_of_rows(rule: str, causal: bool) -> None:
+    """More than 128 pooled rows; both consumers have rows of their own, and in causal mode ends of their own."""
+    query, key, _ = tensors(1, 1, 4500, 4700)
+    more = {"P16 R128 row": {"q_pooling_size": 16, "q_block_size": 128, "max_scope": "row"}}
+    asked = rule_of(64, causal=causal, **(RULES | more)[rule])
+    alpha = torch.tensor([[2.0]])
+    law = reference.select(query, key, alpha, asked)
+    for span in (512, 4096):
+        found = launch.select(query, key, alpha, asked, launch.SelectShape(span=span))
+        assert int(bits.popcount(found ^ law).sum()) <= 2, "but for keys whose score meets the cut-off within rounding"
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.4, 1.0])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("shape", ["prefix", "square"])
+def test_the_attention_is_exact(shape: str, block: int, causal: bool, density: float) -> None:
+    query, key, value = tensors(*SHAPES[shape])
+    generator = torch.Generator().manual_seed(1)
+    blocks = -(-query.shape[2] // block)
+    kept = torch.rand(1, query.shape[1], blocks, key.shape[2], generator=generator) < density
+    selection = spec.Selection(bits.pack(kept), query.shape[2], key.shape[2], block, causal)
+    out = torch.full_like(query, torch.nan)
+    lse = torch.full(query.shape[:3], torch.nan)
+    launch.attend(query, key, value, selection, 0.125, out, lse, launch.AttendShape(step=64, stages=2))
+    Exact.of(query, key, value, selection.mask(), 0.125).check(out, lse)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_other_launch_shapes_give_the_same(stages: int) -> None:
+    query, key, value = tensors(*SHAPES["prefix"], dim=128)
+    asked = rule_of(128, causal=True, **RULES["P32 R128"])
+    alpha = torch.tensor([[0.3, 3.0]])
+    words = [
+        launch.select(query, key, alpha, asked, launch.SelectShape(span=span, stages=stages)) for span in (256, 1024)
+    ]
+    assert torch.equal(*words)
+    selection = spec.Selection(words[0], 300, 557, 128, True)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+    launch.attend(query, key, value, selection, 0.09, out, lse, launch.AttendShape(stages=stages))
+    Exact.of(query, key, value, selection.mask(), 0.09).check(out, lse)
+
+
+def test_strides_of_any_kind() -> None:
+    query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(*SHAPES["prefix"]))
+    rule = {"q_pooling_size": 32, "q_block_size": 128, "threshold": 0.5}
+    law = vecattention.select(query, key, backend="reference", **rule)
+    alpha = torch.full((1, 2), 0.6931472)
+    found = launch.select(query, key, alpha, rule_of(64, causal=True, q_pooling_size=32, q_block_size=128))
+    assert int(bits.popcount(found ^ law.words).sum()) <= 1
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+    launch.attend(query, key, value, law, 0.125, out, lse)
+    Exact.of(query, key, value, law.mask(), 0.125).check(out, lse)
+
+
+MUTANTS = {
+    "keys are not waited for": ("    mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1, pred=more)\n", ""),
+    "a buffer is given back too early": (
+        "    ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)\n",
+        "    ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)\n"
+        "    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < hi)\n",
+    ),
+    "a buffer is never given back": ("        mbarrier.arrive(k_empty.index(0))\n", ""),
+    "a phase is taken for the other": ("(tile // STAGES & 1) ^ 1)", "(tile // STAGES & 1))"),
+    "rows past the end are written": ("mask=(block < blocks)[:, None] & (at < width)[None, :]", "mask=None"),
+    "the rows' own keys are left out": (
+        "kept = kept | (key[None, :] >= row_start",
+        "kept = kept & (key[None, :] >= row_start",
+    ),
+    "tiles are let go by without a word": ("range(tiles, all_tiles)", "range(tiles, tiles)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_emulator_sees_what_a_kernel_does_wrong(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = MUTANTS[name]
+    source = (FOLDER / "select.py").read_text()
+    assert source.count(before) == 1, "the kernel has changed; so must this test"
+    (tmp_path / "mutant.py").write_text(source.replace(before, after))
+    kernel = gluon_emulator.load(tmp_path / "mutant.py").select_kernel
+    monkeypatch.setattr(launch, "select_kernel", gluon_emulator.Kernel(kernel))
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1.0)
+    query, key, _ = tensors(1, 1, 4500, 4500)
+    asked = rule_of(64, causal=True, q_pooling_size=32, q_block_size=128)
+    alpha = torch.tensor([[2.0]])
+    law = reference.select(query, key, alpha, asked)
+    try:
+        found = launch.select(query, key, alpha, asked, launch.SelectShape(span=4096, stages=2))
+    except (RuntimeError, IndexError):
+        return
+    assert int(bits.popcount(found ^ law).sum()) > 2

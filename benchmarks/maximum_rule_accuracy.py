@@ -33,6 +33,8 @@ SETTINGS: list[dict[str, Any]] = [
     *({"threshold": theta} | WINDOW for theta in (1.0, 0.95, 0.9, 0.8)),
     *({"threshold": theta, "group_k_block": group} | WINDOW
       for group, theta in ((4, 1.0), (64, 0.9), (64, 0.6), (8192, 0.6), (8192, 0.1))),
+    *({"threshold": 0.9, "q_pooling_size": pool, "q_block_size": 128} | WINDOW | more
+      for pool in (64, 32) for more in ({}, AUTO)),
     *({"threshold": theta} | ROW for theta in (0.9, 0.5, 0.1)),
     *({"threshold": theta} | WIDE for theta in (0.5, 0.1)),
     *({"threshold": theta} | WINDOW | AUTO for theta in (1.0, 0.9)),

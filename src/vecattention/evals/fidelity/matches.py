@@ -122,4 +122,5 @@ def _missed(row: Row, density: float) -> str:
 
 
 def _seconds(row: Row, part: str) -> str:
-    return f"{1000 * median(row['seconds'][part]):.3g}"
+    spent = 1000 * median(row["seconds"][part])
+    return f"{spent:.0f}" if spent >= 100 else f"{spent:.3g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 import vecattention
 from vecattention import cli
-from vecattention.bench import figures, record
+from vecattention.bench import figures, record, tune
 from vecattention.bench.cases import CASES, Case, Source, case_of, lists
 from vecattention.bench.exact import error_of
 
@@ -104,3 +106,21 @@ def test_what_cannot_be_reported_or_timed(tmp_path: Path, capsys: pytest.Capture
         assert cli.main(["bench", "dense", "--out", str(tmp_path / "o.jsonl")]) == 2
         assert "no GPU that torch sees" in capsys.readouterr().err
         assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
+    """Each step of benchmarks/gpu.py, none of them run: its arguments are those of its function."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    steps = [step for name in module.CASES_OF["main"] for step in module.main_steps(name)]
+    steps += [step for name in module.CASES_OF["peers"] for step in module.peer_steps(name)]
+    steps += tune.crossover_steps(Source)
+    if torch.cuda.is_available() or importlib.util.find_spec("triton"):
+        steps += tune.steps("triton", [Source(CASES["square-32k"])])
+    for _, step in steps:
+        inspect.signature(step.func).bind(*step.args, **step.keywords)  # type: ignore[attr-defined]
+    keys = [json.dumps(key, sort_keys=True) for key, _ in steps]
+    assert len(set(keys)) == len(keys) - 2, "dense of two cases is asked for by two parts, and measured once"

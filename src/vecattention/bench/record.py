@@ -59,6 +59,8 @@ def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record
                 full = {"key": key, **record, "schema": SCHEMA, "made": _time(), "machine": _where()}
                 file.write(json.dumps(full) + "\n")
                 file.flush()
+                if not now:
+                    old.append(full)
                 yield full
 
 

@@ -2,8 +2,7 @@
 
 main: dense kernels, whole calls, selection and attention over ready lists, on the shapes of real models.
 peers: other sparse kernels at equal density, the methods at equal recall, layers of the testbed's model.
-crossover: dense and whole calls of growing length.
-tune: launch shapes and crossovers, written as a profile beside OUT.
+tune: launch shapes, and the lengths from which sparse calls are faster, written as a profile beside OUT.
 
 Kernels are compiled first, several processes at a time, since that takes longer than the measurements. What OUT holds
 already is not measured again, so that a run which was cut off goes on.
@@ -22,7 +21,7 @@ import torch
 
 import vecattention
 from vecattention import cli, methods
-from vecattention.bench import peers, record, report, studies, tune
+from vecattention.bench import peers, record, report, studies
 from vecattention.bench.cases import CASES, Source, case_of, lists
 
 RULES = ((32, 128, "window"), (64, 128, "window"), (64, 64, "window"), (64, 128, "row"))
@@ -36,7 +35,7 @@ WHOLE = {
     "hunyuanvideo-720p": (0.38,),
 }  # fmt: skip
 RECALL = 0.9
-PARTS = ("main", "peers", "crossover", "tune")
+PARTS = ("main", "peers", "tune")
 
 
 def warm(name: str) -> None:
@@ -57,13 +56,13 @@ def main_steps(name: str) -> list[record.Step]:
     """Dense kernels, whole calls, selection and ready lists of a case."""
     found: list[record.Step] = []
     source = Source(case_of(name))
-    found.append(({"study": "dense", "case": name}, partial(studies.dense, source)))
+    found.append(({"study": "dense", **source.key}, partial(studies.dense, source)))
     for pool, block, scope in RULES if "32k" in name else RULES[:3]:
-        rule = {"case": name, "pool": pool, "block": block, "scope": scope}
+        rule = {**source.key, "pool": pool, "block": block, "scope": scope}
         for density in WHOLE.get(name, ()):
             if (pool, block) != (64, 64) or "32k" in name:
                 found.append(
-                    ({"study": "call", **rule, "density": density, "structure": 0.0},
+                    ({"study": "call", **rule, "density": density},
                      partial(studies.whole, source, density, pool, block, scope))
                 )  # fmt: skip
         found.append(
@@ -83,7 +82,7 @@ def list_steps(source: Source) -> list[record.Step]:
     )
     found: list[record.Step] = []
     for block, density, kind, backend in wanted:
-        key = {"study": "attention", "case": source.case.name, "density": density, "lists": kind, "backend": backend,
+        key = {"study": "attention", **source.key, "density": density, "lists": kind, "backend": backend,
                "block": block}  # fmt: skip
         found.append((key, partial(studies.attention, source, density, kind, backend, block)))
     return found
@@ -94,16 +93,16 @@ def peer_steps(name: str) -> list[record.Step]:
     plain, bright = Source(case_of(name)), Source(case_of(name), structure=1.0)
     found: list[record.Step] = []
     for density in (0.1, 0.2, 0.5):
-        key = {"study": "peer", "case": name, "density": density}
+        key = {"study": "peer", **plain.key, "density": density}
         found.append(({**key, "kernel": "flex_attention"}, partial(peers.flex, plain, density)))
         if not plain.case.causal:
             for kind in ("random", "clustered"):
                 found.append(({**key, "kernel": "flash-attn-4", "lists": kind},
                               partial(peers.paged, plain, density, kind)))  # fmt: skip
-    found.append(({"study": "dense", "case": name}, partial(studies.dense, plain)))
+    found.append(({"study": "dense", **plain.key}, partial(studies.dense, plain)))
     for method in methods.names():
-        if plain.case.causal in methods.get(method).modes:
-            key = {"study": "method", "case": name, "method": method, "recall": RECALL, "structure": 1.0}
+        if method != "full" and plain.case.causal in methods.get(method).modes:
+            key = {"study": "method", **bright.key, "method": method, "recall": RECALL}
             found.append((key, partial(peers.method, bright, method, RECALL)))
     return found
 
@@ -114,7 +113,7 @@ def measure(out: Path, steps: list[record.Step]) -> int:
     for row in record.run(out, steps):
         sys.stdout.write(report.line(row) + "\n")
         sys.stdout.flush()
-        wrong += row.get("error_ok") is False or row.get("repeats_equal") is False
+        wrong += report.wrong(row)
     return wrong
 
 
@@ -139,8 +138,6 @@ def main() -> None:
             sys.stderr.write("a kernel could not be compiled or run; see above\n")
     steps = [step for name in named.get("main", ()) for step in main_steps(name)]
     steps += [step for name in named.get("peers", ()) for step in peer_steps(name)]
-    if "crossover" in args.parts:
-        steps += tune.crossover_steps(Source)
     wrong = measure(args.out, steps)
     if "peers" in args.parts:
         wrong += cli.main(["bench", "layer", "--out", str(args.out), "--recall", str(RECALL)])

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 PATIENCE = 60.0  # seconds that a role may wait
+SLOW = 0.0  # seconds that a product takes
 THREADS = 128  # of a role
 
 
@@ -171,13 +172,16 @@ class Barriers:
 
 
 class Product:
-    """A matrix product on its way: its operands are read when it is waited for."""
+    """A matrix product on its way: its operands must be the same when it is waited for as when it was asked for."""
 
     def __init__(self, a: Any, b: Shared, more: Any) -> None:
         self.a, self.b, self.more, self.value = a, b, more, None
+        self.before = b.held.clone()
 
     def done(self) -> Tile:
         if self.value is None:
+            if not torch.equal(self.before.nan_to_num(3.0), self.b.held.nan_to_num(3.0)):
+                raise RuntimeError("a buffer was filled anew under a product on its way")
             left = self.a.held if isinstance(self.a, Shared) else self.a
             found = left.as_subclass(torch.Tensor).float() @ self.b.held.float()
             more = self.more.done() if isinstance(self.more, Product) else self.more
@@ -232,6 +236,7 @@ def _product(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool =
 
 
 def _product_wait(left: int, deps: Sequence[Product]) -> Any:
+    time.sleep(SLOW)  # the others go on meanwhile, with all that they have been given
     over = _CURRENT.products[: len(_CURRENT.products) - left]
     _CURRENT.products = _CURRENT.products[len(over) :]
     for product in over:

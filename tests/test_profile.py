@@ -35,6 +35,11 @@ def write(path: Path, **held: Any) -> Path:
     return path
 
 
+def with_crossover(**other: Any) -> str:
+    entry = {"causal": True, "q_block_size": 64, "density": 0.5, "k_len": 5} | other
+    return json.dumps({"schema": 1, "gpu": "g", "crossovers": [entry]})
+
+
 @pytest.fixture(autouse=True)
 def forgetful() -> None:
     profile.for_gpu.cache_clear()
@@ -42,7 +47,7 @@ def forgetful() -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     made = Profile(
-        "Some GPU", {"k.attend": {"step": 128}}, (Crossover(True, 0.5, 4096), Crossover(False, 0.1, None)), "me"
+        "Some GPU", {"k.attend": {"step": 128}}, (Crossover(True, 64, 0.5, 4096), Crossover(False, 64, 0.1, None)), "me"
     )
     path = tmp_path / "p.json"
     path.write_text(json.dumps(profile.as_json(made)))
@@ -51,15 +56,21 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert made.shape("k.other", Shape()) == Shape()
 
 
-def test_crossovers_are_of_the_next_higher_density() -> None:
+def test_crossovers_are_of_the_next_higher_density_and_their_own_kind() -> None:
     known = Profile(
-        "g", crossovers=(Crossover(True, 0.5, 8192), Crossover(True, 0.1, 2048), Crossover(False, 0.5, None))
-    )
-    assert known.pays_from(True, 0.05) == 2048
-    assert known.pays_from(True, 0.1) == 2048
-    assert known.pays_from(True, 0.2) == 8192
-    assert known.pays_from(True, 0.6) is None
-    assert known.pays_from(False) is None
+        "g",
+        crossovers=(
+            Crossover(True, 64, 0.5, 8192), Crossover(True, 64, 0.1, 2048), Crossover(True, 128, 0.5, 3000),
+            Crossover(False, 64, 0.5, None),
+        ),
+    )  # fmt: skip
+    assert known.pays_from(True, 64, 0.05) == 2048
+    assert known.pays_from(True, 64, 0.1) == 2048
+    assert known.pays_from(True, 64, 0.2) == 8192
+    assert known.pays_from(True, 64, 0.6) == 0, "not known"
+    assert known.pays_from(True, 128) == 3000
+    assert known.pays_from(False, 64) == profile.NEVER, "dense was faster everywhere"
+    assert known.pays_from(False, 128) == 0
 
 
 @pytest.mark.parametrize(
@@ -73,8 +84,10 @@ def test_crossovers_are_of_the_next_higher_density() -> None:
         ('{"schema": 1, "gpu": "g", "shapes": {"a": 3}}', "wanted integers by field by kernel"),
         ('{"schema": 1, "gpu": "g", "crossovers": 7}', "wanted a list of"),
         ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true}]}', "wanted a list of"),
-        ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true, "density": 2, "k_len": 5}]}', "out of range"),
-        ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true, "density": 0.1, "k_len": -5}]}', "out of range"),
+        (with_crossover(density=2), "a value is out of range"),
+        (with_crossover(k_len=-5), "a value is out of range"),
+        (with_crossover(causal=1), "a value is out of range"),
+        (with_crossover(q_block_size=0), "a q_block_size is out of range"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, held: str, said: str) -> None:
@@ -127,51 +140,91 @@ def test_a_cpu_has_no_profile() -> None:
     assert profile.of(torch.device("cpu")) == profile.EMPTY
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """As on a machine with this GPU: the questions that `of` asks of torch."""
-    monkeypatch.setenv(profile.VARIABLE, str(path))
+def gpu(monkeypatch: pytest.MonkeyPatch, name: str = "Some GPU") -> None:
+    """As on a machine with this GPU: the questions that a profile asks of torch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(profile, "_name", lambda index: "Some GPU")
+    monkeypatch.setattr(profile, "_name", lambda index: name)
 
 
-def test_models_stay_dense_below_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = [{"causal": True, "density": 0.5, "k_len": 5000}, {"causal": False, "density": 0.5, "k_len": 9000}]
-    gpu(monkeypatch, write(tmp_path / "p.json", crossovers=known))
+KNOWN = [
+    {"causal": True, "q_block_size": 64, "density": 0.5, "k_len": 5000},
+    {"causal": True, "q_block_size": 64, "density": 0.1, "k_len": 2048},
+    {"causal": True, "q_block_size": 128, "density": 0.5, "k_len": None},
+    {"causal": False, "q_block_size": 64, "density": 0.5, "k_len": 9000},
+]
+
+
+def test_models_stay_dense_below_the_crossover_of_a_shipped_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vecattention.integrations.dit.settings import dit_settings_of
 
-    device = torch.device("cuda")
+    gpu(monkeypatch)
+    monkeypatch.setattr(profile, "SHIPPED", tmp_path)
+    write(tmp_path / "some-gpu.json", crossovers=KNOWN)
+    device, cpu = torch.device("cuda"), torch.device("cpu")
     assert settings_of(layers=1, heads=2, device=device).min_length == 5000
-    assert settings_of(layers=1, heads=2, device=torch.device("cpu")).min_length == 129
+    assert settings_of(layers=1, heads=2, device=device, q_block_size=128).min_length == profile.NEVER
+    assert settings_of(layers=1, heads=2, device=cpu).min_length == 129
     assert settings_of(layers=1, heads=2, device=device, min_length=7).min_length == 7
-    assert dit_settings_of(layers=1, heads=2).base.min_length == 9000
-    assert dit_settings_of(layers=1, heads=2, min_length=0).base.min_length == 0
+    assert dit_settings_of(layers=1, heads=2, device=device).base.min_length == 9000
+    assert dit_settings_of(layers=1, heads=2, device=cpu).base.min_length == 0
+    assert dit_settings_of(layers=1, heads=2, device=device, min_length=0).base.min_length == 0
+
+
+def test_the_environment_decides_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that it names gives launch shapes; which calls stay dense, it does not."""
+    gpu(monkeypatch)
+    path = write(tmp_path / "p.json", crossovers=KNOWN, shapes={"k.attend": {"step": 128}})
+    monkeypatch.setenv(profile.VARIABLE, str(path))
+    assert profile.of(torch.device("cuda")).shape("k.attend", Shape()) == Shape(128)
+    assert settings_of(layers=1, heads=2, device=torch.device("cuda")).min_length == 129
 
 
 def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = [{"causal": True, "density": 0.5, "k_len": 8192}, {"causal": True, "density": 0.1, "k_len": 2048}]
-    gpu(monkeypatch, write(tmp_path / "p.json", crossovers=known))
+    gpu(monkeypatch)
+    monkeypatch.setenv(profile.VARIABLE, str(write(tmp_path / "p.json", crossovers=KNOWN)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    rule = rule_of(128, causal=True)
-    problem = Problem(1, 2, 2, 4096, 4096, 128, torch.bfloat16, torch.device("cuda"), rule)
-    said = str(dispatch.explain(problem, "auto", 0))
-    assert "with 4096 keys a dense kernel is slower at 10 % density (crossover 2048), faster at 50 %" in said
-    other = dataclasses.replace(problem, rule=rule_of(128, causal=False))
-    assert "not measured on this GPU; vecattention bench tune does" in str(dispatch.explain(other, "auto", 0))
+
+    def said(**rule: Any) -> str:
+        asked = rule_of(128, **rule)
+        problem = Problem(1, 2, 2, 4096, 4096, 128, torch.bfloat16, torch.device("cuda"), asked)
+        return str(dispatch.explain(problem, "auto", 0))
+
+    assert "with 4096 keys a dense kernel is slower at 10 % density (crossover 2048), faster at 50 %" in said()
+    assert "faster at 50 % density (crossover beyond what was measured)" in said(q_block_size=128)
+    assert "not known for this GPU; vecattention bench tune measures it" in said(causal=False, q_block_size=128)
+
+
+def test_shapes_that_want_too_much_shared_memory_are_named() -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="Triton is not installed")
+    from vecattention.backends.hopper import launch
+
+    launch.fitting(launch.AttendShape(), 128)
+    launch.fitting(launch.SelectShape(), 128)
+    for shape in (launch.AttendShape(stages=4), launch.SelectShape(stages=6)):
+        with pytest.raises(ValueError, match=r"wants \d+ bytes of shared memory at head_dim 128.*VECATTENTION_PROFILE"):
+            launch.fitting(shape, 128)
+        launch.fitting(shape, 64)
 
 
 def test_too_little_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     from vecattention.backends import cpu
 
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
 
     query = torch.randn(1, 2, 512, 32)
     problem = Problem.of(query, query, rule_of(32))
+    out = 2 * 512 * (32 * 4 + 4)
     monkeypatch.setattr(cpu, "select", full)
-    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: 2 * dispatch.workspace(problem, 64))
-    with pytest.raises(torch.OutOfMemoryError, match=r"chunk_size=512 wants about .* MiB .*; chunk_size=64 would fit"):
+    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out + 2 * dispatch.workspace(problem, 64))
+    said = (
+        r"^CUDA out of memory\. Tried to allocate 2 GiB\. In vec_attention .*chunk_size=512 .*; chunk_size=64 would fit"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=said):
         vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")
-    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: 0)
-    with pytest.raises(torch.OutOfMemoryError, match="has 0 MiB free.*free memory, or handle fewer heads"):
+    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out)
+    with pytest.raises(torch.OutOfMemoryError, match="free memory, or handle fewer heads"):
         vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")

@@ -63,7 +63,7 @@ class Explanation:
     def _dense(self) -> str:
         """Whether a dense kernel would be faster; `vec_attention` never takes one by itself, `apply` does."""
         if not self.crossovers:
-            return "whether it is faster is not measured on this GPU; vecattention bench tune does"
+            return "whether it is faster is not known for this GPU; vecattention bench tune measures it"
         keys = self.problem.k_len
         said = [
             f"{'slower' if c.k_len is not None and keys >= c.k_len else 'faster'} at {100 * c.density:.3g} % density "
@@ -140,16 +140,16 @@ def workspace(problem: spec.Problem, chunk: int) -> int:
 
 
 def out_of_memory(problem: spec.Problem, chunk: int, free: int) -> str:
-    """What to say when a device has no room for a chunk and ``free`` bytes are left on it."""
-    block = problem.rule.q_block_size
-    fits = int(0.8 * free) // max(workspace(problem, block), 1) * block  # the allocator's rounding has to fit, too
+    """What to say when a device has no room for a call in such chunks and ``free`` bytes are left on it."""
+    block, out = problem.rule.q_block_size, problem.batch * problem.heads * problem.q_len
+    size = out * (problem.head_dim * problem.dtype.itemsize + 4)
+    left = max(0, free - size)
+    fits = int(0.8 * left) // max(workspace(problem, block), 1) * block  # the allocator's rounding has to fit, too
     said = (
-        f"{problem.device} has {free / 2**20:.0f} MiB free; chunk_size={chunk} wants about "
-        f"{workspace(problem, chunk) / 2**20:.0f} MiB beside query, key, value and output"
+        f"{free / 2**20:.0f} MiB are free, the output takes {size / 2**20:.0f} and chunk_size={chunk} about "
+        f"{workspace(problem, chunk) / 2**20:.0f}"
     )
-    remedy = (
-        f"chunk_size={min(fits, chunk)} would fit" if 0 < fits < chunk else "free memory, or handle fewer heads at once"
-    )
+    remedy = f"chunk_size={fits} would fit" if 0 < fits < chunk else "free memory, or handle fewer heads at once"
     return f"{said}; {remedy}"
 
 
@@ -161,6 +161,7 @@ def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation
     chosen = next((name for name, why in reasons.items() if not why), None)
     chunk = chunk_for(problem, chunk_size)
     blocks = -(-min(chunk, problem.q_len) // problem.rule.q_block_size)
-    known = [c for c in profile.of(problem.device).crossovers if c.causal == problem.rule.causal]
+    kind = (problem.rule.causal, problem.rule.q_block_size)
+    known = [c for c in profile.of(problem.device).crossovers if (c.causal, c.q_block_size) == kind]
     crossovers = tuple(sorted(known, key=lambda c: c.density))
     return Explanation(chosen, reasons, chunk, blocks * bytes_per_block(problem), problem, crossovers)

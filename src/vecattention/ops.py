@@ -326,8 +326,9 @@ def _memory(problem: Problem, chunk: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]  # kept in front, since callers look for its words
         said = dispatch.out_of_memory(problem, chunk, machine.free_memory(problem.device))
-        raise torch.OutOfMemoryError(f"vec_attention: {said}") from error
+        raise torch.OutOfMemoryError(f"{first} In vec_attention {said}") from error
 
 
 def _own_dtypes(query: Tensor) -> torch.autocast:

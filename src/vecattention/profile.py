@@ -1,8 +1,10 @@
-"""What was measured on a GPU: launch shapes of the kernels, and from which length on a sparse call is the faster one.
+"""What is known of a GPU: launch shapes of the kernels, and from which length on a sparse call is the faster one.
 
 A profile is a JSON file for one GPU. Those in ``vecattention/profiles`` ship with the package; the environment variable
-``VECATTENTION_PROFILE`` names another one, such as ``vecattention bench tune`` writes. Without one the kernels' own
-defaults serve: a profile changes how fast a call is, never its result.
+``VECATTENTION_PROFILE`` names another one, such as ``vecattention bench tune`` writes, for its launch shapes: they
+change how fast a call is, never its result. Without a profile the kernels' own defaults serve. The crossovers of a
+shipped profile tell `vecattention.apply` which calls to leave dense; those of another file are only shown, since no
+environment variable may decide a result: pass them on as ``min_length``.
 """
 
 from __future__ import annotations
@@ -39,12 +41,13 @@ class Crossover:
     """The least measured length from which on a call of this kind took no longer than the fastest dense kernel.
 
     Attributes:
-        causal: the kind of call.
+        causal, q_block_size: the kind of call.
         density: kept pairs over all allowed pairs, up to which this holds.
-        k_len: keys; None: dense was faster at every measured length.
+        k_len: keys; None: dense was faster at the longest measured length.
     """
 
     causal: bool
+    q_block_size: int
     density: float
     k_len: int | None
 
@@ -66,6 +69,7 @@ class Profile:
     crossovers: tuple[Crossover, ...] = ()
     source: str = ""
     path: Path | None = None
+    _made: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def shape(self, kernel: str, default: Shape) -> Shape:
         """The launch shape of a kernel: the default with the fields that the profile has for it.
@@ -75,20 +79,31 @@ class Profile:
         """
         if kernel not in self.shapes:
             return default
+        if kernel in self._made:
+            made: Shape = self._made[kernel]
+            return made
         try:
-            return dataclasses.replace(default, **self.shapes[kernel])
+            return self._made.setdefault(kernel, dataclasses.replace(default, **self.shapes[kernel]))  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:
             raise ProfileError(_bad(self.path, f"shapes[{kernel!r}] does not fit: {error}")) from error
 
-    def pays_from(self, causal: bool, density: float = 0.5) -> int | None:
-        """Keys from which on calls of at most this density are the faster ones; None: not measured, or nowhere.
+    def pays_from(self, causal: bool, q_block_size: int, density: float = 0.5) -> int:
+        """Keys from which on calls of at most this density are the faster ones; 0: not known; `NEVER`: at no length.
 
-        >>> Profile(crossovers=(Crossover(True, 0.2, 4096), Crossover(True, 0.5, 8192))).pays_from(True, 0.3)
+        >>> known = (Crossover(True, 64, 0.2, 4096), Crossover(True, 64, 0.5, 8192))
+        >>> Profile(crossovers=known).pays_from(True, 64, 0.3)
         8192
         """
-        fits = [c for c in self.crossovers if c.causal == causal and c.density >= density]
-        return min(fits, key=lambda c: c.density).k_len if fits else None
+        alike = [c for c in self.crossovers if (c.causal, c.q_block_size) == (causal, q_block_size)]
+        fits = [c for c in alike if c.density >= density]
+        if not fits:
+            return 0
+        known = min(fits, key=lambda c: c.density).k_len
+        return NEVER if known is None else known
 
+
+NEVER = 2**31 - 1
+"""More keys than any call has."""
 
 EMPTY = Profile()
 
@@ -101,10 +116,21 @@ def of(device: torch.device) -> Profile:
     Raises:
         ProfileError: the file that the environment names is none.
     """
+    gpu = _gpu(device)
+    return EMPTY if gpu is None else for_gpu(gpu, os.environ.get(VARIABLE) or None)
+
+
+def shipped(device: torch.device) -> Profile:
+    """The profile of a device that ships with the package, or the empty one."""
+    gpu = _gpu(device)
+    path = SHIPPED / f"{slug(gpu or 'none')}.json"
+    return _read(path) if path.is_file() else EMPTY
+
+
+def _gpu(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return EMPTY
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return for_gpu(_name(index), os.environ.get(VARIABLE) or None)
+        return None
+    return _name(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
@@ -128,9 +154,9 @@ def for_gpu(gpu: str, path: str | None = None) -> Profile:
         if given.gpu == gpu:
             return given
         logger.warning("vecattention: %s is %s, a profile of %s; it is not used for %s", VARIABLE, path, given.gpu, gpu)
-    shipped = SHIPPED / f"{slug(gpu)}.json"
-    if shipped.is_file():
-        return read(shipped)
+    own = SHIPPED / f"{slug(gpu)}.json"
+    if own.is_file():
+        return _read(own)
     logger.warning(
         "vecattention: there is no profile of %s; the default launch shapes are used, which are right but may be "
         "slower than need be. `vecattention bench tune` measures one", gpu,
@@ -168,6 +194,9 @@ def read(path: Path) -> Profile:
     return Profile(gpu, shapes, _crossovers(held.get("crossovers", []), path), str(held.get("source", "")), path)
 
 
+_read = functools.cache(read)
+
+
 def as_json(profile: Profile) -> dict[str, Any]:
     """What a profile's file holds.
 
@@ -190,10 +219,12 @@ def _crossovers(held: object, path: Path) -> tuple[Crossover, ...]:
         if not isinstance(held, list):
             raise TypeError("no list")
         found = tuple(Crossover(**entry) for entry in held)
-        if any(type(c.causal) is not bool or not 0 < c.density <= 1 or not _length(c.k_len) for c in found):
+        if not all(type(c.causal) is bool and 0 < c.density <= 1 and _length(c.k_len) for c in found):
             raise ValueError("a value is out of range")
+        if not all(type(c.q_block_size) is int and c.q_block_size > 0 for c in found):
+            raise ValueError("a q_block_size is out of range")
     except (TypeError, ValueError) as error:
-        wanted = "a list of {causal: bool, density: 0..1, k_len: keys or null}"
+        wanted = "a list of {causal: bool, q_block_size: rows, density: 0..1, k_len: keys or null}"
         raise ProfileError(_bad(path, f"crossovers is {held!r}, wanted {wanted} ({error})")) from error
     return found
 

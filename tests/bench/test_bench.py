@@ -117,7 +117,7 @@ def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
     spec.loader.exec_module(module)
     steps = [step for name in module.CASES_OF["main"] for step in module.main_steps(name)]
     steps += [step for name in module.CASES_OF["peers"] for step in module.peer_steps(name)]
-    steps += tune.crossover_steps(Source)
+    steps += tune.crossover_steps(Source, {})
     if torch.cuda.is_available() or importlib.util.find_spec("triton"):
         steps += tune.steps("triton", [Source(CASES["square-32k"])])
     for _, step in steps:

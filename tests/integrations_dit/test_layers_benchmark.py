@@ -31,7 +31,7 @@ def test_it_measures_and_records(tmp_path: Path) -> None:
     for row in found:
         assert abs(row["density"] - 0.5) < 0.02 and 0 < row["difference"] < 0.2
         assert row["ratio"] == pytest.approx(row["dense"]["ms"] / row["sparse"]["ms"], abs=1e-3)
-        assert 0 < row["attention_ms"] < row["sparse"]["ms_q3"]
+        assert row["attention_ms"] > 0 and row["dense_kernel"] in ("cudnn", "flash")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 r"""The law: the equation of `vecattention.spec` written densely, for any device, in float32 (float64 for float64).
 
+Scores are computed in float64 where the device has it, and rounded once.
+
     kept(g) = sink U own U { j candidate : s[g, j] + alpha >= m[g, j] },   out_i = sum_j softmax_j(scale q_i k_j) v_j
 
 It builds every score and every mask, so its memory grows with Sq * Sk. Read it first; test everything against it.
@@ -29,7 +31,8 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule) -> Tensor
     q_len, k_len, pool = query.shape[2], key.shape[2], rule.q_pooling_size
     pooled = pooled_queries(query, pool)
     # In float64 and rounded once: equal keys then tie wherever BLAS computes them, at any number of threads.
-    score = (rule.scale * _grouped(pooled.double(), key.double().mT)).to(pooled.dtype)
+    wide = torch.float32 if query.device.type == "mps" else torch.float64
+    score = (rule.scale * _grouped(pooled.to(wide), key.to(wide).mT)).to(pooled.dtype)
     position = torch.arange(k_len, device=query.device)
     start = torch.arange(score.shape[2], device=query.device)[:, None] * pool + (k_len - q_len)
     candidate = (position >= pool) & (position < start) if rule.causal else torch.ones_like(position, dtype=torch.bool)

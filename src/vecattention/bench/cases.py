@@ -81,6 +81,12 @@ class Source:
         moved = (query.to(device, dtype), key.to(device, dtype), value.to(device, dtype))
         return cls(case, device, dtype, given=moved)
 
+    @property
+    def key(self) -> dict[str, object]:
+        """What a record's key says of it."""
+        name = {"case": self.case.name, "device": self.device, "dtype": str(self.dtype).removeprefix("torch.")}
+        return name | ({"structure": self.structure} if self.structure else {})
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query [1, H, Sq, D], key and value [1, Hkv, Sk, D]."""
         if self.given is not None:

@@ -64,11 +64,24 @@ def draw(records: Sequence[Record], path: Path) -> None:
         panel(place, records)
     for place in list(axes.flat)[len(panels) :]:
         place.axis("off")
-    gpu = next((r["machine"]["gpu"] for r in records if r.get("machine")), "")
-    figure.suptitle(f"head_dim 128, bfloat16, {gpu}", color=INK, fontsize=11)
+    figure.suptitle(title(records), color=INK, fontsize=11)
     with replacing(path) as name:
         figure.savefig(name, dpi=150)
     plt.close(figure)
+
+
+def machines(records: Sequence[Record]) -> list[str]:
+    """The GPUs (or "CPU") that the records are of; those whose key names no device are of a GPU."""
+    found = {
+        "CPU" if r["key"].get("device") == "cpu" else (r.get("machine") or {}).get("gpu") or "CPU" for r in records
+    }
+    return sorted(found)
+
+
+def title(records: Sequence[Record]) -> str:
+    """GPU and dtype of the records."""
+    dtypes = sorted({r["key"].get("dtype", "bfloat16") for r in records})
+    return f"{', '.join(dtypes)}, {', '.join(machines(records))}"
 
 
 def methods(records: Sequence[Record]) -> list[Record]:
@@ -126,9 +139,10 @@ def _stacks(axes: Any, records: Sequence[Record]) -> None:
     calls = [r for r in calls if (r["pool"], r["block"]) == (64, 128) and r["case"] in dense]
     calls = [r for r in calls if r["scope"] == "window"]
     chosen = {(s["case"], s["pool"], s["block"], s["scope"]): s["ms"] for s in shares(records)}
+    calls = [r for r in calls if (r["case"], r["pool"], r["block"], r["scope"]) in chosen]
     for i, r in enumerate(calls):
         whole = dense[r["case"]]["ms"]
-        select = chosen.get((r["case"], r["pool"], r["block"], r["scope"]), 0.0)
+        select = chosen[r["case"], r["pool"], r["block"], r["scope"]]
         axes.barh(i, 100 * select / whole, color=COLOURS[1], label="selection" if not i else None)
         axes.barh(i, 100 * (r["ms"] - select) / whole, left=100 * select / whole, color=COLOURS[0],
                   label="attention" if not i else None)  # fmt: skip
@@ -164,7 +178,7 @@ def _methods(axes: Any, records: Sequence[Record]) -> None:
         select, attend = (100 * r[name] / whole for name in ("select_ms", "attend_ms"))
         axes.barh(i, select, color=COLOURS[1], label="selection" if not i else None)
         axes.barh(i, attend, left=select, color=COLOURS[0], label="attention" if not i else None)
-    said = [f"{r['method']}\nrecall {r['recall']:.2f}, {100 * r['density']:.0f} %" for r in rows]
+    said = [f"{r['method']}, {r['case']}\nrecall {r['recall']:.2f}, {100 * r['density']:.0f} %" for r in rows]
     axes.set_yticks(range(len(rows)), said, fontsize=7)
     axes.axvline(100, color=QUIET, lw=0.8)
     axes.set(title="methods at equal recall", xlabel="% of the best dense kernel")

@@ -35,8 +35,11 @@ def flex(source: Source, density: float, compiled: bool = True) -> Record:
 
     case, (query, key, value) = source.case, source.tensors()
     kept = _random_blocks(case, density, source)
-    mask, selection = _block_mask(kept, case), _of_blocks(kept, case)
-    run: Any = torch.compile(flex_attention, fullgraph=True) if compiled else flex_attention
+    mask, selection = _block_mask(kept, case, compiled), _of_blocks(kept, case)
+    run: Any = flex_attention
+    if compiled:  # for this shape alone, with the launch shapes that it finds best
+        torch._dynamo.reset()
+        run = torch.compile(flex_attention, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def call() -> Tensor:
         with warnings.catch_warnings():
@@ -185,8 +188,11 @@ def _random_blocks(case: Case, density: float, source: Source) -> Tensor:
     return kept
 
 
-def _block_mask(kept: Tensor, case: Case) -> Any:
-    """FlexAttention's own form of a map of blocks: whole ones, and in causal mode those on the diagonal apart."""
+def _block_mask(kept: Tensor, case: Case, compiled: bool) -> Any:
+    """FlexAttention's own form of a map of blocks: whole ones, and in causal mode those on the diagonal apart.
+
+    Uncompiled it asks for every pair instead, whatever the blocks say.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     own = torch.eye(*kept.shape[1:], dtype=torch.bool, device=kept.device) & kept
@@ -198,12 +204,16 @@ def _block_mask(kept: Tensor, case: Case) -> Any:
 
     offset = case.k_len - case.q_len
 
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return q + offset >= k
+
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         found = kept[h, q // BLOCK, k // BLOCK]
-        return found & (q + offset >= k) if case.causal else found
+        return found & seen(b, h, q, k) if case.causal else found
 
+    asked = allowed if not compiled else seen if case.causal else None
     return BlockMask.from_kv_blocks(
-        *listed(part), *listed(kept & ~part), BLOCK_SIZE=BLOCK, mask_mod=allowed,
+        *listed(part), *listed(kept & ~part), BLOCK_SIZE=BLOCK, mask_mod=asked,
         seq_lengths=(case.q_len, case.k_len),
     )  # fmt: skip
 

@@ -42,43 +42,66 @@ def read(path: Path) -> list[Record]:
 def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record]:
     """Do the steps whose key no record of the file has, and append what they give; yields all records as they come.
 
+    A step that fails leaves a record that says why, and is tried again the next time: too little memory, or a package
+    of a peer that is not there, must not end a long run.
+
     Args:
         path: the file; made when it is not there.
-        steps: (key, function) pairs; the key's entries are put into each record that the function gives.
+        steps: (key, function) pairs; the key's entries are put into each record that the function gives. A key names
+            everything that decides the result; the GPU is compared as well.
         now: measure again what is there already.
+
+    Raises:
+        RuntimeError: a CUDA error after which nothing can be measured in this process; nothing is recorded of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = [] if now else read(path)
+    old = [] if now else [record for record in read(path) if "failed" not in record]
+    where = _where()
     with path.open("a", encoding="utf-8") as file:
         for key, step in steps:
-            done = [record for record in old if record.get("key") == key]
+            done = [r for r in old if r.get("key") == key and (r.get("machine") or {}).get("gpu") == where["gpu"]]
             if done:
                 yield from done
                 continue
             for record in _as_list(_safe(step)):
-                full = {"key": key, **record, "schema": SCHEMA, "made": _time(), "machine": _where()}
+                full = {"key": key, **record, "schema": SCHEMA, "made": _time(), "machine": where}
                 file.write(json.dumps(full) + "\n")
                 file.flush()
-                if not now:
+                if not now and "failed" not in full:
                     old.append(full)
                 yield full
 
 
-def _safe(step: Callable[[], list[Record] | Record]) -> list[Record] | Record:
-    """What a step gives, or a record of why it could not run.
+def remaining(path: Path, steps: Iterable[Step]) -> list[Step]:
+    """The steps that `run` would do."""
+    gpu = _where()["gpu"]
+    done = [
+        r["key"] for r in read(path) if "failed" not in r and "key" in r and (r.get("machine") or {}).get("gpu") == gpu
+    ]
+    return [step for step in steps if step[0] not in done]
 
-    Too little memory, a package of a peer that is not there or fails, or a method that does not take the shape must not
-    end a long run.
+
+def why(error: Exception) -> str:
+    """One line of an error, for a record.
+
+    Raises:
+        RuntimeError: the error itself, when it left the GPU in a state in which nothing works any more.
     """
     import torch
 
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _safe(step: Callable[[], list[Record] | Record]) -> list[Record] | Record:
     try:
         return step()
-    except (RuntimeError, ImportError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        lines = str(error).strip().splitlines() or [""]
-        return {"failed": f"{type(error).__name__}: {lines[0]}"}
+    except Exception as error:  # compilers of kernels raise what they like
+        return {"failed": why(error)}
 
 
 def _as_list(given: list[Record] | Record) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Record = dict[str, Any]
+WRONG = "its result is wrong"
 SHOWN = ("kernel", "method", "fields", "backend", "pool", "block", "scope", "lists", "density", "structure")
 
 
@@ -26,6 +27,14 @@ def line(record: Record) -> str:
     if record.get("repeats_equal") is False:
         parts.append("TWO RUNS DIFFER")
     return f"{head}  {'  '.join(parts)}"
+
+
+def wrong(record: Record) -> bool:
+    """Whether a result is wrong, or missing where it is one of ours; a peer or a launch shape may not be to be had."""
+    if "failed" in record:
+        optional = record["key"]["study"] in ("peer", "method") or record["key"].get("fields")
+        return record["failed"] == WRONG or not optional
+    return record.get("error_ok") is False or record.get("repeats_equal") is False
 
 
 def _short(value: object) -> str:

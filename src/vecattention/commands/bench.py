@@ -8,7 +8,9 @@ makes tables and pictures of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -31,7 +33,7 @@ STUDIES = {
     "call": "the whole call, with its extra memory",
     "dense": "dense kernels",
     "breakdown": "selection and attention of every method, at equal recall",
-    "layer": "dense, call and breakdown on the queries and keys of a model's layers",
+    "layer": "dense, selection, call and breakdown on the queries and keys of a model's layers",
     "all": "all of these but layer",
     "tune": "launch shapes and crossovers of this GPU, written as a profile",
 }
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lists", action="append", choices=("random", "clustered"), help="kind of ready lists (both)")
     parser.add_argument("--backend", action="append", help="of ready lists and selection, may be repeated (auto)")
     parser.add_argument("--recall", type=float, default=0.9, help="of the methods in breakdown (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="cpu: in float32, for trying this out (%(default)s)")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: in float32, for trying this out (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench.jsonl"), help="records (%(default)s)")
     parser.add_argument("--again", action="store_true", help="measure again what the file already holds")
     layer = parser.add_argument_group("layer")
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--layers", type=int, nargs="+", help="(all)")
     tune = parser.add_argument_group("tune")
     tune.add_argument("--profile", type=Path, metavar="FILE", help="the profile to write (out/GPU.json)")
-    tune.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2),
+    tune.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)),
                       help="that compile beforehand (%(default)s)")  # fmt: skip
 
 
@@ -77,14 +81,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, steps: Sequence[Step]) -> int:
-    """Number of wrong results."""
+    """Number of results that are wrong or missing; peers may be missing."""
     from vecattention.bench import record, report
 
     wrong = 0
-    for number, row in enumerate(record.run(args.out, steps, args.again), 1):
-        sys.stdout.write(f"[{number}/{len(steps)}] {report.line(row)}\n")
-        sys.stdout.flush()
-        wrong += row.get("error_ok") is False or row.get("repeats_equal") is False
+    for number, step in enumerate(steps, 1):
+        for row in record.run(args.out, [step], args.again):
+            sys.stdout.write(f"[{number}/{len(steps)}] {report.line(row)}\n")
+            sys.stdout.flush()
+            wrong += report.wrong(row)
     return wrong
 
 
@@ -101,7 +106,7 @@ def _dtype(args: argparse.Namespace) -> torch.dtype:
 def _steps(args: argparse.Namespace) -> Iterator[Step]:
     if args.study == "layer":
         for source in _layers(args):
-            for study in ("dense", "call", "breakdown"):
+            for study in ("dense", "selection", "call", "breakdown"):
                 yield from _of(study, source, args)
         return
     for name in args.case or ["qwen2.5-vl-32k"]:
@@ -116,21 +121,19 @@ def _of(study: str, source: Source, args: argparse.Namespace) -> Iterator[Step]:
     from vecattention import methods
     from vecattention.bench import peers, studies
 
-    name, causal = source.case.name, source.case.causal
     densities, backends = args.density or [0.1, 0.5], args.backend or ["auto"]
     if study == "dense":
-        yield {"study": "dense", "case": name}, functools.partial(studies.dense, source)
+        yield {"study": "dense", **source.key}, functools.partial(studies.dense, source)
     if study == "attention":
         for density in densities:
-            for kind in args.lists or ["random", "clustered"]:
-                for backend in backends:
-                    key = {"study": study, "case": name, "density": density, "lists": kind, "backend": backend}
-                    yield key, functools.partial(studies.attention, source, density, kind, backend)
-            key = {"study": "peer", "kernel": "flex_attention", "case": name, "density": density}
+            for kind, backend in itertools.product(args.lists or ["random", "clustered"], backends):
+                key = {"study": study, **source.key, "density": density, "lists": kind, "backend": backend}
+                yield key, functools.partial(studies.attention, source, density, kind, backend)
+            key = {"study": "peer", "kernel": "flex_attention", **source.key, "density": density}
             yield key, functools.partial(peers.flex, source, density, args.device != "cpu")
     if study in ("selection", "call"):
         for pool, block, scope in RULES:
-            rule = {"case": name, "pool": pool, "block": block, "scope": scope}
+            rule = {**source.key, "pool": pool, "block": block, "scope": scope}
             for backend in backends if study == "selection" else []:
                 key = {"study": study, **rule, "backend": backend}
                 yield key, functools.partial(studies.selection, source, pool, block, scope, backend)
@@ -139,8 +142,8 @@ def _of(study: str, source: Source, args: argparse.Namespace) -> Iterator[Step]:
                 yield key, functools.partial(studies.whole, source, density, pool, block, scope)
     if study == "breakdown":
         for method in methods.names():
-            if causal in methods.get(method).modes:
-                key = {"study": "method", "case": name, "method": method, "recall": args.recall}
+            if method != "full" and source.case.causal in methods.get(method).modes:
+                key = {"study": "method", **source.key, "method": method, "recall": args.recall}
                 yield key, functools.partial(peers.method, source, method, args.recall)
 
 
@@ -160,21 +163,49 @@ def _tune(args: argparse.Namespace) -> int:
     from vecattention.bench import record, tune
     from vecattention.bench.cases import Source
 
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    backend = "hopper" if args.device == "cuda" and torch.cuda.get_device_capability() == (9, 0) else "triton"
-    path = args.profile or args.out.parent / f"{profile.slug(gpu)}.json"
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    backend = "hopper" if gpu and torch.cuda.get_device_capability() == (9, 0) else "triton"
+    path = args.profile or args.out.parent / f"{profile.slug(gpu or 'cpu')}.json"
     sources = [_source(args, name) for name in args.case or ["qwen2.5-vl-32k", "square-32k"]]
     steps = tune.steps(backend, sources)
-    tune.compile_ahead(steps, args.processes)
+    ahead = [step for step in steps if args.again or record.remaining(args.out, [step])]
+    tune.compile_ahead(ahead, args.processes, lambda done: _say(f"compiled {done} of {len(ahead)}"))
     wrong = _measure(args, steps)
     told = f"vecattention bench tune, {args.out.name}"
-    _write(path, tune.profile_of(gpu, record.read(args.out), told))
+    made = tune.profile_of(gpu, record.read(args.out), told)
+    _write(path, made)
+    with _using(path):
+        wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args)), made.shapes))
+    made = tune.profile_of(gpu, record.read(args.out), told)
+    _write(path, made)
+    sys.stdout.write(f"profile in {path}; {profile.VARIABLE}={path} uses its launch shapes\n")
+    for causal, block in itertools.product((True, False), tune.BLOCKS):
+        length = made.pays_from(causal, block)
+        known = {0: "not known", profile.NEVER: "longer than was measured"}.get(length, f"min_length={length}")
+        kind = "causal" if causal else "not causal"
+        sys.stdout.write(f"faster than dense at half density, {kind}, q_block_size={block}: {known}\n")
+    return wrong
+
+
+@contextlib.contextmanager
+def _using(path: Path) -> Iterator[None]:
+    """With this file as the profile of this process."""
+    before = os.environ.get(profile.VARIABLE)
     os.environ[profile.VARIABLE] = str(path)
     profile.for_gpu.cache_clear()
-    wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args))))
-    _write(path, tune.profile_of(gpu, record.read(args.out), told))
-    sys.stdout.write(f"profile in {path}; use it with {profile.VARIABLE}={path}\n")
-    return wrong
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[profile.VARIABLE]
+        else:
+            os.environ[profile.VARIABLE] = before
+        profile.for_gpu.cache_clear()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _write(path: Path, made: profile.Profile) -> None:

@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     found = [row for row in record.read(args.records) if "failed" not in row and "study" in row]
     if not found:
         raise ValueError(f"records {args.records} holds no record of bench, wanted some; run vecattention bench all")
+    if len(where := figures.machines(found)) > 1:
+        raise ValueError(f"records {args.records} holds those of {', '.join(where)}, wanted one; pass a file for each")
     calls = [
         [r["case"], f"{r['pool']} {r['block']} {r['scope']}", f"{100 * r['density']:.1f} %", f"{r['dense_ms']:.2f}",
          f"{r['ms']:.2f}", f"{r['ratio']:.2f}x", f"{r['extra_mib']:.0f}"]

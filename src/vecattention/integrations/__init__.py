@@ -45,7 +45,7 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
         q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
             `vecattention.vec_attention`.
         min_length: calls with fewer keys stay dense. None: the length from which on sparse calls at half density are
-            faster on this GPU, where its profile knows it (`vecattention.profile`), else every length that can gain:
+            faster on this GPU, where its shipped profile knows it (`vecattention.profile`), else what can gain:
             2 * q_pooling_size + 1 in causal models, below which each block's first and own keys are all there is.
         vision_span: None makes all rows sparse, text included. (start, end) in token positions, or "auto" to find
             them from input_ids, is the published way for video understanding: rows before and after the span of the

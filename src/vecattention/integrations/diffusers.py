@@ -54,6 +54,7 @@ def apply(
             table=table, dense_steps=dense_steps, dense_layers=dense_layers, q_pooling_size=q_pooling_size,
             q_block_size=q_block_size, k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope,
             chunk_size=chunk_size, backend=backend, min_length=min_length,
+            device=next(transformer.parameters()).device,
         )  # fmt: skip
     whole = model if isinstance(getattr(model, "components", None), dict) else None
     run = Run(settings, Clock(whole), balance_heads)

@@ -85,14 +85,17 @@ def settings_of(
     dispatch.check(backend)
     checks.chunk_size(chunk_size)
     limit = None if table is not None else _threshold(threshold, heads)
-    length = max(2 * rule.q_pooling_size + 1, pays_from(device, True)) if min_length is None else _length(min_length)
+    if min_length is None:
+        length = max(2 * rule.q_pooling_size + 1, pays_from(device, True, rule.q_block_size))
+    else:
+        length = _length(min_length)
     kept = {name: getattr(rule, name) for name in given}
     return Settings(limit, table, kept, backend, chunk_size, length, _vision(vision_span))
 
 
-def pays_from(device: torch.device | None, causal: bool) -> int:
+def pays_from(device: torch.device | None, causal: bool, q_block_size: int) -> int:
     """Keys from which on sparse calls are the faster ones on this device; 0 where that is not known."""
-    return (device is not None and profile.of(device).pays_from(causal)) or 0
+    return 0 if device is None else profile.shipped(device).pays_from(causal, q_block_size)
 
 
 def _threshold(value: float | Tensor | None, heads: int) -> Tensor:

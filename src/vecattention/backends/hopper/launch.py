@@ -18,6 +18,7 @@ BLOCK = 128  # rows that share a list, and with it each fetched row of K and V
 TILE = 128  # keys per step of the selection
 WORDS = 128  # words decoded at a time by the attention, one a thread of its loader
 RING = 8192  # positions of the attention's ring: one decoding and the tiles in flight fit
+SHARED = 232_448  # bytes of shared memory that a program can have
 REGISTERS = 168  # per thread before the roles take their shares: 384 threads fill the register file
 
 
@@ -37,6 +38,10 @@ class AttendShape:
         _shares(self.consumer_registers, self.loader_registers)
         _among("programs", self.programs, range(2**16))
 
+    def shared(self, dim: int) -> int:
+        """Bytes of shared memory: both halves of the queries, K and V in flight, barriers."""
+        return 2 * dim * (BLOCK + 2 * self.stages * self.step) + 64 * self.stages
+
 
 @dataclass(frozen=True)
 class SelectShape:
@@ -51,6 +56,20 @@ class SelectShape:
         _among("span", self.span, range(TILE, 2**24, TILE))
         _among("stages", self.stages, range(2, 9))
         _shares(self.consumer_registers, self.loader_registers)
+
+    def shared(self, dim: int) -> int:
+        """Bytes of shared memory: 128 pooled rows in two parts each, K in flight, barriers."""
+        return 2 * dim * (2 * BLOCK + self.stages * TILE) + 64 * self.stages
+
+
+def fitting(shape: AttendShape | SelectShape, dim: int) -> None:
+    """Raise ValueError where a launch shape wants more shared memory than there is."""
+    wanted = shape.shared(dim)
+    if wanted > SHARED:
+        raise ValueError(
+            f"{shape} wants {wanted} bytes of shared memory at head_dim {dim}, a program can have {SHARED}; lower "
+            f"stages or step, in the profile if it comes from one ({profile.VARIABLE})"
+        )
 
 
 def _among(name: str, value: int, wanted: Sequence[int]) -> None:
@@ -111,6 +130,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
     batch, heads, q_len, dim = query.shape
     shape = shape or profile.of(query.device).shape(f"hopper.{select_kind(rule.causal)}", SelectShape())
+    fitting(shape, dim)
     query, key = _aligned(query), _aligned(key)
     k_len, pool, row_scope = key.shape[2], rule.q_pooling_size, rule.max_scope == "row"
     rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
@@ -150,6 +170,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     words, lists, pair = selection.words.contiguous(), selection.blocks, selection.block != BLOCK
     kind = attend_kind(pair, selection.causal)
     shape = shape or profile.of(query.device).shape(f"hopper.{kind}", AttendShape())
+    fitting(shape, dim)
     blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
     programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)

@@ -231,9 +231,9 @@ def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group,
                   CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
     """One segment of ``span`` keys for 128 pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
-    grid (row_tiles * B * H, segments), the last segment first: neighbours read the same keys from L2, and in causal mode
-    the costly tiles of the rows' own keys come before those that fill the gaps. Words of keys that no row of the tile
-    can see are left as they were.
+    grid (row_tiles * B * H, segments), the last segment first: neighbours read the same keys from L2, and in causal
+    mode the costly tiles of the rows' own keys come before those that fill the gaps. Words of keys that no row of the
+    tile can see are left as they were.
     """
     tile_row, bh = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
     segment = segments - 1 - gl.program_id(1)

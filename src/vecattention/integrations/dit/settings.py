@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def dit_settings_of(
     min_length: int | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    device: torch.device | None = None,
     **rule: Any,
 ) -> DitSettings:
     """The `DitSettings` of these arguments for a transformer of so many layers and heads; ``rule``: as in `SETTINGS`.
@@ -101,11 +102,12 @@ def dit_settings_of(
                 raise ValueError(f"{name} is {value!r} beside a table, wanted one of the two; leave {name} out")
         table.check(layers, heads, causal=False, **asked)
         asked = {name: getattr(table, name) for name in SETTINGS if name != "causal"}
-    # A pipeline may still lie in the CPU's memory when it is switched: it will run on the GPU, if there is one.
-    known = pays_from(torch.device("cuda"), causal=False) if min_length is None else min_length
     base = settings_of(
-        layers=layers, heads=heads, chunk_size=chunk_size, backend=backend, min_length=known, **asked
+        layers=layers, heads=heads, chunk_size=chunk_size, backend=backend,
+        min_length=0 if min_length is None else min_length, **asked,
     )  # fmt: skip
+    if min_length is None:
+        base = replace(base, min_length=pays_from(device, False, base.block))
     if table is not None:
         return DitSettings(base, schedule, table=table)
     return DitSettings(base, schedule, *_target(threshold, coverage, density, heads))

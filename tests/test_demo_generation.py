@@ -103,9 +103,10 @@ def test_wrong_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_trained_weights_it_says_how_to_get_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if network.SHIPPED.is_dir():
-        pytest.skip("the trained generator is here")
+def test_without_trained_weights_it_says_how_to_get_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SHIPPED", tmp_path / "lacking")
     assert cli.main(["demo", "--generate", "--out", str(tmp_path / "out")]) == 2
     assert "vecattention.testbed.generate.train" in capsys.readouterr().err
 

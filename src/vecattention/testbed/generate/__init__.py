@@ -3,7 +3,7 @@
     from vecattention.testbed import generate
 
     pipe = generate.load()                                                # a diffusers WanPipeline
-    films = generate.make(pipe, ["a red circle moves left over stripes"])  # uint8 [1, 25, 128, 128, 3]
+    films = generate.make(pipe, ["a red circle moves left over stripes"])  # uint8 [1, 13, 64, 64, 3]
     generate.look(films[0])                                               # Seen(colour='red', shape='circle', ...)
 
 Importing needs only torch; diffusers and transformers are imported by the calls that use them.

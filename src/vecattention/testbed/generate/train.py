@@ -1,10 +1,17 @@
-"""Train the small video generator from nothing, with one command:
+r"""Train the small video generator from nothing, with one command.
 
-    python -m vecattention.testbed.generate.train --out DIR --autoencoder-seconds 80 --seconds 200 --device cuda
+    OMP_NUM_THREADS=1 python -m vecattention.testbed.generate.train --out DIR --device cpu --bfloat16 \
+        --autoencoder-seconds 900 --seconds 2700
+
+is how the shipped one was made: an hour on one core of a CPU with AVX-512 instructions for bfloat16. Untried, but what
+the options are there for, is a larger one on a GPU:
+
+    python -m vecattention.testbed.generate.train --out DIR --device cuda --size 128 --frames 25 --width 256 --heads 8 \
+        --layers 8 --wide 768 --clips 32 --batch 64 --films 16384 --autoencoder-seconds 600 --seconds 3000
 
 DIR gets generator/ (a pipeline directory that `load` reads), log.jsonl, state.safetensors (what --resume needs) and at
-the end training.json, the record, and samples.png. A step is a function of the seed and its number alone, so that a
-run of steps that was cut and resumed ends in the same weights as one that was not.
+the end training.json, the record, and samples.png. A step is a function of the seed and its number alone, and of the
+rate, so that a run of a number of steps that was cut and resumed ends in the same weights as one that was not.
 """
 
 from __future__ import annotations

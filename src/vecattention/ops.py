@@ -182,12 +182,18 @@ def counted(
     chunk_size: int | None = None,
     backend: str = "auto",
     count: bool = True,
+    alpha: Tensor | None = None,
     **rule_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`vec_attention` that also counts: (out, lse, kept pairs int64 [B, H], or [0, 0] without ``count``)."""
+    """`vec_attention` that also counts: (out, lse, kept pairs int64 [B, H], or [0, 0] without ``count``).
+
+    ``alpha``: float32 [B, H], the cut-off itself, in place of what it is made from.
+    """
     checks.tensors(causal, query=query, key=key, value=value)
     rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
     kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
+    if alpha is not None:
+        kind, limit = "alpha", alpha
     dispatch.check(backend)
     asked = checks.chunk_size(chunk_size)
     found: tuple[Tensor, Tensor, Tensor] = _vec_attention(
@@ -224,6 +230,14 @@ def explain(
     rule = rule_of(query.shape[3], causal=causal, **rule_arguments)
     checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     return dispatch.explain(Problem.of(query, key, rule), backend, checks.chunk_size(chunk_size))
+
+
+def select_at(query: Tensor, key: Tensor, alpha: Tensor, rule: Rule, backend: str = "auto") -> Selection:
+    """`select` at a cut-off, float32 [B, H], as `vecattention.targets` finds it."""
+    checks.tensors(rule.causal, query=query, key=key)
+    dispatch.check(backend)
+    words = _select(query, key, alpha, "alpha", *_arguments(rule), backend)
+    return Selection(words, query.shape[2], key.shape[2], rule.q_block_size, rule.causal)
 
 
 def rule_of(
@@ -314,7 +328,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kind: str, pool:
 
 
 def _alpha(query: Tensor, key: Tensor, limit: Tensor, kind: str, rule: Rule) -> Tensor:
-    """float32 [B, H]: the cut-off of a threshold, or the one that reaches a coverage or a density."""
+    """float32 [B, H]: the cut-off of a threshold, or the one that reaches a coverage or a density, or itself."""
+    if kind == "alpha":
+        return limit
     if kind == "threshold":
         return checks.alpha(limit, query.shape[0], query.shape[1], query.device)
     return targets.alpha_for(query, key, checks.values(limit, kind), kind, rule)

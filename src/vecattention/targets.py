@@ -53,16 +53,28 @@ def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.
     taken = histogram(query, key, kind, rule)
     if target.ndim == 0:
         taken = taken.sum(1, keepdim=True)
+    heads = query.shape[1] if target.ndim == 0 else 1
+    pairs = heads * spec.allowed_pairs(query.shape[2], key.shape[2], rule.causal)
+    return cut_off(taken, target, kind, pairs).expand(query.shape[:2])
+
+
+def cut_off(taken: Tensor, target: Tensor, kind: str, pairs: int) -> Tensor:
+    """float32 [B, H], or [B, 1] for heads together: the cut-off at which the entries of a histogram reach the target.
+
+    Args:
+        taken: int64 [B, H or 1, 1 + BINS], as `histogram` gives them; those of parts of the rows add up.
+        target, kind: as in `alpha_for`.
+        pairs: allowed ones of all that an entry counts, for a density.
+    """
     total = taken.sum(-1)
     if kind == "density":
-        heads = query.shape[1] if target.ndim == 0 else 1
-        total = total.new_full(total.shape, heads * spec.allowed_pairs(query.shape[2], key.shape[2], rule.causal))
+        total = total.new_full(total.shape, pairs)
     if target.ndim == 0 and target.device.type == "cpu":  # nothing to copy to the device: a graph can capture it
         needed = total.double() * float(target)
     else:
-        needed = total * target.double().to(query.device, non_blocking=True).expand(total.shape)
+        needed = total * target.double().to(taken.device, non_blocking=True).expand(total.shape)
     last = (taken.cumsum(-1) < needed[..., None]).sum(-1)
-    return upper_edge(last - 1).expand(query.shape[:2])
+    return upper_edge(last - 1)
 
 
 def bin_of(gap: Tensor) -> Tensor:

@@ -54,6 +54,25 @@ def test_a_density_or_a_coverage_instead_of_a_threshold(case, target, least, mos
     assert (run.stats.sparse_density[:, 1] > 0.98).all() and (run.stats.sparse_density[:, 0] < 0.9).all()
 
 
+def test_what_pipelines_do_when_nothing_is_asked_for(case) -> None:
+    """A coverage of 0.9 for each head, the maximum of the row, lists for 128 rows; a window where one is asked for."""
+    from vecattention.integrations.dit.settings import dit_settings_of
+
+    pipe, generate, stock = case
+    with vecattention.apply(pipe, dense_steps=0) as run:
+        bare = generate(pipe)
+    with vecattention.apply(
+        pipe, dense_steps=0, coverage=torch.full((2,), 0.9), q_block_size=128, max_scope="row"
+    ) as same:
+        assert torch.equal(generate(pipe), bare)
+    assert torch.equal(same.stats.density, run.stats.density)
+    assert not torch.equal(bare, stock) and run.stats.density.max() < 1
+    base = dit_settings_of(layers=1, heads=2).base.rule
+    assert (base["q_pooling_size"], base["q_block_size"], base["max_scope"]) == (64, 128, "row")
+    window = dit_settings_of(layers=1, heads=2, group_k_block=8192, q_block_size=64).base.rule
+    assert (window["max_scope"], window["group_k_block"], window["q_block_size"]) == ("window", 8192, 64)
+
+
 def test_backends_agree(case) -> None:
     pipe, generate, _ = case
     made = []
@@ -72,7 +91,8 @@ def test_a_wan_layer_is_masked_attention_over_the_selection() -> None:
             got = attn(hidden, rotary_emb=rotary)
         q, k, v = (x.transpose(1, 2) for x in projections(attn, hidden))
         q, k = (_turned(x, *rotary) for x in (q, k))
-        chosen = vecattention.select(q, k, threshold=0.7, causal=False, q_pooling_size=16)
+        rule = {"q_pooling_size": 16, "q_block_size": 128, "max_scope": "row"}  # what pipelines take
+        chosen = vecattention.select(q, k, threshold=0.7, causal=False, **rule)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=chosen.mask())
         wanted = attn.to_out[0](out.transpose(1, 2).flatten(2))
     assert (got - wanted).abs().max() < 1e-5
@@ -97,8 +117,9 @@ def test_a_hunyuan_layer_is_sparse_for_video_rows_and_dense_for_text_rows(single
         allowed = mask.expand(2, 2, 139, 139).clone()
         for b, n in enumerate(lengths):
             chosen = vecattention.select(
-                q[b : b + 1, :, :130], k[b : b + 1, :, : 130 + n], threshold=0.7, causal=False, q_pooling_size=16
-            )
+                q[b : b + 1, :, :130], k[b : b + 1, :, : 130 + n], threshold=0.7, causal=False, q_pooling_size=16,
+                q_block_size=128, max_scope="row",
+            )  # fmt: skip
             allowed[b, :, :130] = F.pad(chosen.mask()[0], (0, 9 - n))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
         wanted = (

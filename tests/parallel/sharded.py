@@ -75,13 +75,14 @@ def excess(got: torch.Tensor, one: torch.Tensor, exact: torch.Tensor, lse: torch
     return float((got - exact).abs().max() / (2 * (one - exact).abs().max() + rounding))
 
 
-def both(rank: int, shape: tuple[int, ...], balance: bool) -> dict:
+def both(rank: int, shape: tuple[int, ...], balance: bool, target: str) -> dict:
     """Two by two: Ulysses inside of a ring, with the counts."""
     query, key, value = tensors(*shape)
     pairs = [dist.new_group(list(ranks)) for ranks in ((0, 1), (2, 3), (0, 2), (1, 3))]
     groups = Groups(ulysses=pairs[rank // 2], ring=pairs[2 + rank % 2])
     rows = even(query.shape[2], 4)
-    arguments = {"causal": False, "threshold": torch.linspace(0.1, 0.9, query.shape[1]), **RULE}
+    limit = {"threshold": torch.linspace(0.1, 0.9, query.shape[1]), "density": 0.2}[target]
+    arguments = {"causal": False, target: limit, **RULE}
     order = head_order(torch.arange(query.shape[1]), 2) if balance else None
     out, lse, kept = parallel_attention(*(part(x, rows, rank) for x in (query, key, value)), groups=groups, order=order,
                                         **arguments)  # fmt: skip
@@ -151,13 +152,15 @@ def parallel(model: object, config: dict[str, int]) -> None:
         model.enable_parallelism(config=ContextParallelConfig(**config, mesh=mesh))
 
 
-def generation(rank: int, config: dict[str, int], heads: int, dense_steps: float, tokens: tuple[int, int]) -> dict:
+def generation(rank: int, config: dict[str, int], heads: int, dense_steps: float, tokens: tuple[int, int],
+               target: str = "threshold") -> dict:  # fmt: skip
     """A Wan transformer sharded by diffusers against the same in one process."""
     from integrations_dit.tiny_generators import wan_transformer
 
     torch.manual_seed(1)
     arguments = (torch.randn(1, 4, 2, *tokens), torch.tensor([500.0]), torch.randn(1, 8, 16))
-    settings = {"threshold": torch.linspace(0.2, 0.9, heads), "dense_steps": dense_steps, "q_pooling_size": 16}
+    settings = {target: torch.linspace(0.2, 0.9, heads), "dense_steps": dense_steps, "q_pooling_size": 16}
+    settings |= {"q_block_size": 32}
     alone, sharded = wan_transformer(heads=heads), wan_transformer(heads=heads)
     parallel(sharded, config)
     out = []

@@ -17,6 +17,8 @@ ROUNDING = 2e-6  # float32; values of order 1
     ((1, 4, 4, 128, 300), None, {"threshold": torch.tensor([0.1, 0.3, 0.6, 0.9])}),
     ((2, 4, 4, 152, 152), None, {"threshold": torch.rand(2, 4) * 0.8 + 0.1, "order": torch.tensor([1, 3, 0, 2])}),
     ((1, 4, 4, 152, 152), None, {"density": torch.tensor([0.1, 0.3, 0.6, 0.9]), "order": torch.tensor([1, 3, 0, 2])}),
+    ((1, 4, 4, 152, 152), None, {"density": 0.2, "order": torch.tensor([1, 3, 0, 2])}),  # heads together
+    ((2, 4, 4, 152, 152), None, {"coverage": 0.7, "max_scope": "row"}),
     ((1, 8, 4, 152, 152), None, {"order": torch.tensor([3, 2, 1, 0]), "q_block_size": 32, "max_scope": "row"}),
 ])  # fmt: skip
 def test_ulysses_equals_one_process_bit_for_bit(pools, ranks, shape, lengths, arguments) -> None:
@@ -38,6 +40,8 @@ def test_uneven_lengths(pools, kind: str, lengths: list[int]) -> None:
     ((1, 4, 4, 256, 256), {}),
     ((2, 6, 3, 200, 200), {"threshold": 0.3}),  # any number of heads; shards end within blocks
     ((1, 3, 3, 128, 300), {"threshold": torch.tensor([0.1, 0.5, 0.9]), "q_block_size": 32}),
+    ((2, 3, 3, 200, 200), {"density": 0.2}),  # one cut-off of all ranks
+    ((1, 3, 3, 200, 328), {"coverage": torch.tensor([0.3, 0.6, 0.9]), "max_scope": "row", "q_block_size": 32}),
     ((1, 2, 2, 136, 136), {"threshold": 1.0, "max_scope": "row", "scale": 0.5}),  # most shards give a row no key
 ])  # fmt: skip
 def test_ring_equals_one_process(pools, ranks, shape, arguments) -> None:
@@ -45,9 +49,10 @@ def test_ring_equals_one_process(pools, ranks, shape, arguments) -> None:
     assert max(max(answer["out"], answer["lse"]) for answer in answers) <= 1.0
 
 
+@pytest.mark.parametrize("target", ["threshold", "density"])
 @pytest.mark.parametrize("balance", [False, True])
-def test_ulysses_inside_of_a_ring(pools, balance: bool) -> None:
-    answers = pools.run(4, "parallel.sharded", "both", (2, 4, 4, 248, 248), balance)
+def test_ulysses_inside_of_a_ring(pools, balance: bool, target: str) -> None:
+    answers = pools.run(4, "parallel.sharded", "both", (2, 4, 4, 248, 248), balance, target)
     assert max(max(answer["out"], answer["lse"]) for answer in answers) <= 1.0
     assert all(answer["kept"] and answer["shards"] == 4 for answer in answers)
 
@@ -98,8 +103,9 @@ def test_wan_sharded_by_diffusers(pools, ranks, config, heads, dense_steps) -> N
 @pytest.mark.parametrize(("ranks", "config"), [
     (2, {"ring_degree": 2}), (4, {"ring_degree": 4}), (4, {"ring_degree": 2, "ulysses_degree": 2}),
 ])  # fmt: skip
-def test_wan_sharded_in_a_ring_by_diffusers(pools, ranks, config) -> None:
-    for answer in pools.run(ranks, "parallel.sharded", "generation", config, 4, 0, (16, 20)):
+@pytest.mark.parametrize("target", ["threshold", "coverage"])
+def test_wan_sharded_in_a_ring_by_diffusers(pools, ranks, config, target) -> None:
+    for answer in pools.run(ranks, "parallel.sharded", "generation", config, 4, 0, (16, 20), target):
         assert answer["out"] < ROUNDING and answer["density"] < 1e-6 and answer["pairs"]
         assert answer["sparse"] == 8 and answer["least"] < 0.9
 

@@ -39,11 +39,13 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
 
     Args:
         model_or_pipeline: a model of transformers or diffusers, a pipeline of one, or a module that wraps one.
-        threshold: as in `vecattention.select`, for every layer; 0.9 when neither this nor a table is given.
+        threshold: as in `vecattention.select`, for every layer. Where nothing else is given: 0.9 in transformers
+            models, in pipelines a coverage of 0.9 for each head.
         coverage, density: diffusers only, instead of a threshold: as in `vecattention.select`.
         table: a `ThresholdTable`, instead; its settings are used, and others are refused.
         q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
-            `vecattention.vec_attention`.
+            `vecattention.vec_attention`; pipelines take q_block_size=128 and, unless group_k_block asks for a window,
+            max_scope="row" where nothing else is given.
         min_length: calls with fewer keys stay dense. None: the length from which on sparse calls at half density are
             faster on this GPU, where its shipped profile knows it (`vecattention.profile`), else what can gain:
             2 * q_pooling_size + 1 in causal models, below which each block's first and own keys are all there is.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vecattention import ops
-from vecattention.integrations import exchange
+from vecattention.integrations import exchange, shares
 from vecattention.integrations.balance import divides, head_order, imbalance
 from vecattention.integrations.exchange import Group
 from vecattention.integrations.ring import counted_ring
@@ -142,7 +142,11 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, group: Group, ring: Grou
     given |= {name: _own_heads(x, heads, order, group) if name in TARGETS else x for name, x in arguments.items()}
     q = exchange.heads_apart(query, rows, order, group)
     k, v = (exchange.heads_apart(x, keys, kv_order, group) for x in (key, value))
-    out, lse, kept = ops.counted(q, k, v, **given) if ring is None else counted_ring(q, k, v, ring, None, given)
+    if ring is None:
+        given = shares.at_cut_off(q, k, given, q_len=q.shape[2], heads=group, split_heads=True)
+        out, lse, kept = ops.counted(q, k, v, **given)
+    else:
+        out, lse, kept = counted_ring(q, k, v, ring, None, given, group, split_heads=True)
     out = exchange.heads_together(out, rows, order, group)
     lse = exchange.heads_together(lse[..., None], rows, order, group).squeeze(-1)
     return out, lse, exchange.counts_together(kept, order, group) if kept.numel() else kept

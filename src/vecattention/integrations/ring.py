@@ -10,16 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vecattention import bits, ops
-from vecattention.integrations import exchange
+from vecattention.integrations import exchange, shares
 from vecattention.integrations.exchange import Group
 from vecattention.spec import Selection
 
-RULE = ("q_pooling_size", "q_block_size", "k_local_size", "group_k_block", "max_scope")
-
 
 def counted_ring(query: Tensor, key: Tensor, value: Tensor, group: Group, lengths: Sequence[int] | None,
-                 arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, lse, kept pairs int64 [B, H] of all ranks, or [0, 0] without ``count``); see `ring_attention`."""
+                 arguments: dict[str, Any], heads: Group = None,
+                 split_heads: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, lse, kept pairs int64 [B, H] of all ranks, or [0, 0] without ``count``); see `ring_attention`.
+
+    ``heads``: the group over which heads are split as well, where ``split_heads`` says so.
+    """
     given = dict(arguments)
     if given.pop("causal", False):
         raise ValueError("causal is True, wanted False in a ring; use ulysses_attention, which does both")
@@ -27,10 +29,19 @@ def counted_ring(query: Tensor, key: Tensor, value: Tensor, group: Group, length
     given.pop("chunk_size", None)
     rows = exchange.lengths_of(query.shape[2], lengths, group)
     keys = rows if key.shape[2] == query.shape[2] else exchange.lengths_of(key.shape[2], None, group)
-    block = ops.rule_of(query.shape[3], **{n: x for n, x in given.items() if n in RULE}).q_block_size
+    rule = shares.rule_of(query, {**given, "causal": False})
+    block = rule.q_block_size
     whole, before = exchange.whole_blocks(query, rows, block, group)
     all_keys = exchange.gathered(key, keys, group)
-    words = ops.select(whole, all_keys, causal=False, **given).words
+    own = whole[:, :, block if before else 0 :]  # a block that begins on the rank before is counted there
+    found = shares.at_cut_off(
+        own, all_keys, {**given, "causal": False}, q_len=sum(rows), heads=heads, rows=group, split_heads=split_heads,
+        split_rows=True,
+    )  # fmt: skip
+    if "alpha" in found:
+        words = ops.select_at(whole, all_keys, found["alpha"], rule, backend).words
+    else:
+        words = ops.select(whole, all_keys, causal=False, **given).words
     mine = whole[:, :, : before + query.shape[2]]
     words = words[:, :, : -(-mine.shape[2] // block)]
     out: Tensor | None = None

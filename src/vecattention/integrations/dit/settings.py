@@ -13,6 +13,9 @@ from vecattention.integrations.settings import PUBLISHED_THRESHOLD, Settings, pa
 from vecattention.integrations.steps import Place, Schedule, schedule_of
 from vecattention.thresholds import BRANCHES, SETTINGS, ThresholdTable
 
+COVERAGE = 0.9
+"""Share of the pooled softmax that each head keeps when nothing is asked for; see docs/decisions/video-defaults.md."""
+
 
 @dataclass(frozen=True)
 class DitSettings:
@@ -102,6 +105,8 @@ def dit_settings_of(
                 raise ValueError(f"{name} is {value!r} beside a table, wanted one of the two; leave {name} out")
         table.check(layers, heads, causal=False, **asked)
         asked = {name: getattr(table, name) for name in SETTINGS if name != "causal"}
+    else:
+        asked = _with_defaults(asked)
     base = settings_of(
         layers=layers, heads=heads, chunk_size=chunk_size, backend=backend,
         min_length=0 if min_length is None else min_length, **asked,
@@ -110,7 +115,15 @@ def dit_settings_of(
         base = replace(base, min_length=pays_from(device, False, base.block))
     if table is not None:
         return DitSettings(base, schedule, table=table)
+    if threshold is None and coverage is None and density is None:
+        coverage = torch.full((heads,), COVERAGE, dtype=torch.float64)
     return DitSettings(base, schedule, *_target(threshold, coverage, density, heads))
+
+
+def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
+    """The maximum of the row unless a window is asked for, and lists of 128 rows."""
+    scope = {} if "group_k_block" in asked else {"max_scope": "row"}
+    return {"q_block_size": 128, **scope, **asked}
 
 
 def _target(

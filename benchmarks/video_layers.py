@@ -3,8 +3,9 @@
 The real transformer classes with random weights: one layer (HunyuanVideo: one of each kind) and everything around it,
 at 720p. Times are those of a whole forward, dense through the stock processors by the fastest of torch's attention
 kernels, which the record names, and sparse through `vecattention.apply`; "attention" is what the run itself measured of
-each layer's call. The threshold is found by bisection so that the run's own count gives the density asked for. A
-model's step is its number of layers times the layer, twice with guidance, and what is around it.
+each layer's call. The threshold is found by bisection so that the run's own count gives the density asked for;
+"coverage" is what a pipeline does when nothing is asked for. A model's step is its number of layers times the layer,
+twice with guidance, and what is around it.
 """
 
 from __future__ import annotations
@@ -161,12 +162,14 @@ def measure(name: str, device: str, pool: int, block: int) -> record.Record:
         _, _, dense_attention, _ = run(threshold=theta, dense_layers=1.0)
         reached, sparse, attention, out = run(threshold=theta)
     wanted, got = dense_out.double(), out.double()
+    bare_density, bare, bare_attention, _ = run()
     return {
         "study": "layer", "case": name, "layers_of_model": model.layers, "pool": pool, "block": block,
         "asked": model.density, "density": reached, "threshold": theta, "dense_kernel": kernel, "dense": dense,
         "sparse": sparse,
         "ratio": round(dense["ms"] / sparse["ms"], 3), "attention_ms": round(attention, 3),
         "dense_attention_ms": round(dense_attention, 3),
+        "coverage": {"density": bare_density, **bare, "attention_ms": round(bare_attention, 3)},
         "difference": float((got - wanted).norm() / wanted.norm()),
     }  # fmt: skip
 
@@ -194,7 +197,9 @@ def line(row: record.Record) -> str:
     return (
         f"{row['case']:<18} P={row['pool']} R={row['block']} density {100 * row['density']:.1f} %  "
         f"forward {row['dense']['ms']:.2f} -> {row['sparse']['ms']:.2f} ms ({row['ratio']:.2f}x)  "
-        f"attention {row['dense_attention_ms']:.2f} -> {row['attention_ms']:.2f} ms  difference {row['difference']:.1e}"
+        f"attention {row['dense_attention_ms']:.2f} -> {row['attention_ms']:.2f} ms  "
+        f"difference {row['difference']:.1e}  "
+        f"coverage 0.9: {100 * row['coverage']['density']:.1f} %, {row['coverage']['ms']:.2f} ms"
     )
 
 

@@ -240,6 +240,12 @@ def select_at(query: Tensor, key: Tensor, alpha: Tensor, rule: Rule, backend: st
     return Selection(words, query.shape[2], key.shape[2], rule.q_block_size, rule.causal)
 
 
+def histogram(query: Tensor, key: Tensor, kind: str, rule: Rule) -> Tensor:
+    """`vecattention.targets.histogram`, as one operator."""
+    found: Tensor = _histogram(query, key, kind, *_arguments(rule))
+    return found
+
+
 def rule_of(
     head_dim: int,
     *,
@@ -278,6 +284,19 @@ def _(query: Tensor, key: Tensor, limit: Tensor, kind: str, pool: int, block: in
     blocks = (query.shape[2] + block - 1) // block
     width = (key.shape[2] + bits.WORD - 1) // bits.WORD
     return query.new_empty((query.shape[0], query.shape[1], blocks, width), dtype=torch.int32)
+
+
+@torch.library.custom_op("vecattention::histogram", mutates_args=())
+def _histogram(query: Tensor, key: Tensor, kind: str, pool: int, block: int, tile: int, group: int, scope: str,
+               causal: bool, scale: float) -> Tensor:  # fmt: skip
+    with _own_dtypes(query):
+        return targets.histogram(query, key, kind, Rule(pool, block, tile, group, scope, causal, scale))
+
+
+@_histogram.register_fake
+def _(query: Tensor, key: Tensor, kind: str, pool: int, block: int, tile: int, group: int, scope: str, causal: bool,
+      scale: float) -> Tensor:  # fmt: skip
+    return query.new_empty((query.shape[0], query.shape[1], 1 + targets.BINS), dtype=torch.int64)
 
 
 @torch.library.custom_op("vecattention::attend", mutates_args=())

@@ -33,7 +33,7 @@ SHIFT = 14  # bits of a float32 that a bin forgets: 9 of 23 mantissa bits are le
 LOWEST, HIGHEST = (127 - 10) << 9, (127 + 7) << 9  # bin numbers of 2^-10 and 2^7 before counting from one
 BINS = HIGHEST - LOWEST + 2
 UNIT = 2.0**30
-SLAB = 2**22  # scores held at once
+SLABS = {"cpu": 2**22, "cuda": 2**24}  # scores held at once
 KEYS = 4096  # keys made wide at once
 
 
@@ -104,7 +104,9 @@ def histogram(query: Tensor, key: Tensor, kind: str, rule: spec.Rule) -> Tensor:
     batch, heads, q_len, _ = query.shape
     share, k_len = heads // key.shape[1], key.shape[2]
     found = torch.zeros(batch, heads, 1 + BINS, dtype=torch.int64, device=query.device)
-    slab = max(1, SLAB // (share * rule.rows_per_block * k_len)) * rule.q_block_size
+    slab = (
+        max(1, SLABS.get(query.device.type, SLABS["cuda"]) // (share * rule.rows_per_block * k_len)) * rule.q_block_size
+    )
     for b in range(batch):
         for kv_head in range(key.shape[1]):
             span = slice(kv_head * share, (kv_head + 1) * share)

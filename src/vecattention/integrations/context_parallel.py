@@ -115,13 +115,17 @@ def parallel_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, kept pairs int64 [B, H] of the whole sequence) over no, one or both kinds of groups.
 
-    All ranks hold as many tokens. Every rank gets the counts of all heads.
+    All ranks hold as many tokens. Every rank gets the counts of all heads. ``sample`` among the arguments: about so
+    many blocks of queries stand for all where a coverage or a density is looked for.
     """
     if groups.ulysses is not None:
         return _ulysses(query, key, value, groups.ulysses, groups.ring, None, order, arguments)
     if groups.ring is not None:
         return counted_ring(query, key, value, groups.ring, None, arguments)
-    return ops.counted(query, key, value, **arguments)
+    sample = arguments.pop("sample", 0)
+    return ops.counted(
+        query, key, value, **shares.at_cut_off(query, key, arguments, q_len=query.shape[2], sample=sample)
+    )
 
 
 def _ulysses(query: Tensor, key: Tensor, value: Tensor, group: Group, ring: Group, lengths: Sequence[int] | None,
@@ -143,7 +147,8 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, group: Group, ring: Grou
     q = exchange.heads_apart(query, rows, order, group)
     k, v = (exchange.heads_apart(x, keys, kv_order, group) for x in (key, value))
     if ring is None:
-        given = shares.at_cut_off(q, k, given, q_len=q.shape[2], heads=group, split_heads=True)
+        sample = given.pop("sample", 0)
+        given = shares.at_cut_off(q, k, given, q_len=q.shape[2], sample=sample, heads=group, split_heads=True)
         out, lse, kept = ops.counted(q, k, v, **given)
     else:
         out, lse, kept = counted_ring(q, k, v, ring, None, given, group, split_heads=True)

@@ -26,6 +26,7 @@ def counted_ring(query: Tensor, key: Tensor, value: Tensor, group: Group, length
     if given.pop("causal", False):
         raise ValueError("causal is True, wanted False in a ring; use ulysses_attention, which does both")
     count, backend = given.pop("count", True), given.get("backend", "auto")
+    sample = given.pop("sample", 0)
     given.pop("chunk_size", None)
     rows = exchange.lengths_of(query.shape[2], lengths, group)
     keys = rows if key.shape[2] == query.shape[2] else exchange.lengths_of(key.shape[2], None, group)
@@ -34,9 +35,10 @@ def counted_ring(query: Tensor, key: Tensor, value: Tensor, group: Group, length
     whole, before = exchange.whole_blocks(query, rows, block, group)
     all_keys = exchange.gathered(key, keys, group)
     own = whole[:, :, block if before else 0 :]  # a block that begins on the rank before is counted there
+    first = -(-sum(rows[: dist.get_rank(group)]) // block)
     found = shares.at_cut_off(
-        own, all_keys, {**given, "causal": False}, q_len=sum(rows), heads=heads, rows=group, split_heads=split_heads,
-        split_rows=True,
+        own, all_keys, {**given, "causal": False}, q_len=sum(rows), sample=sample, first_block=first, heads=heads,
+        rows=group, split_heads=split_heads, split_rows=True,
     )  # fmt: skip
     if "alpha" in found:
         words = ops.select_at(whole, all_keys, found["alpha"], rule, backend).words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,8 +20,9 @@ def rule_of(query: Tensor, arguments: dict[str, Any]) -> spec.Rule:
     return ops.rule_of(query.shape[3], **{name: x for name, x in arguments.items() if name in RULE})
 
 
-def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: int, heads: Group = None,
-               rows: Group = None, split_heads: bool = False, split_rows: bool = False) -> dict[str, Any]:  # fmt: skip
+def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: int, sample: int = 0,
+               first_block: int = 0, heads: Group = None, rows: Group = None, split_heads: bool = False,
+               split_rows: bool = False) -> dict[str, Any]:  # fmt: skip
     """The arguments with ``alpha`` in place of a coverage or a density; as they are where they ask for neither.
 
     Histograms of integers are added up over the ranks, so that all agree on one cut-off: that of one process.
@@ -29,6 +31,8 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
         query: [B, own H, own blocks' rows, D], each block on one rank alone.
         key: [B, own Hkv, Sk, D], all of them.
         q_len: rows of all ranks together.
+        sample: about so many blocks of all, evenly spread, stand for the others; 0: all of them. Not causal only.
+        first_block: number of the first of the own blocks, counted from the first row of all.
         heads, rows: the groups over which heads and rows are split, where ``split_heads`` and ``split_rows`` say so.
     """
     given = dict(arguments)
@@ -38,10 +42,13 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
     threshold = given.pop("threshold", 0.9)
     kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     target, rule = checks.values(limit, kind), rule_of(query, given)
-    taken = targets.histogram(query, key, kind, rule)
+    block = rule.q_block_size
+    every = max(1, -(-q_len // block) // sample) if sample and not rule.causal else 1
+    counted = q_len if every == 1 else sum(min(block, q_len - g) for g in range(0, q_len, every * block))
+    taken = ops.histogram(_sampled(query, block, first_block, every), key, kind, rule)
     if split_rows:
         dist.all_reduce(taken, group=rows)
-    pairs = spec.allowed_pairs(q_len, key.shape[2], rule.causal)
+    pairs = spec.allowed_pairs(counted, key.shape[2], rule.causal)
     if target.ndim == 0:
         taken, pairs = taken.sum(1, keepdim=True), pairs * query.shape[1]
         if split_heads:
@@ -49,3 +56,12 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
             pairs *= exchange.size_of(heads)
     alpha = targets.cut_off(taken, target, kind, pairs).expand(query.shape[:2])
     return {**given, "alpha": alpha.contiguous()}
+
+
+def _sampled(query: Tensor, block: int, first: int, every: int) -> Tensor:
+    """The rows of every so manieth block, blocks counted from ``first``."""
+    if every == 1:
+        return query
+    chosen = range(-first % every * block, query.shape[2], every * block)
+    parts = [query[:, :, start : start + block] for start in chosen]
+    return torch.cat(parts, 2) if parts else query[:, :, :0]

@@ -30,6 +30,9 @@ from vecattention.integrations.settings import Settings
 
 GRAD = "gradients are being recorded, and sparse attention has none; call under torch.no_grad()"
 MASKED = "the call has an attention mask, which this model's self-attention never has"
+SAMPLE = 64
+"""Blocks of queries on which a coverage or a density is looked for: a pass over all would cost as much as attention."""
+
 SHORT = "the sequence has fewer than min_length={0} keys"
 
 
@@ -162,7 +165,7 @@ class SparseProcessor(nn.Module):
         settings = way.settings
         out, _, kept = parallel_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=groups,
-            order=orders.order, causal=False, chunk_size=settings.chunk_size,
+            order=orders.order, causal=False, chunk_size=settings.chunk_size, sample=SAMPLE,
             backend=settings.backend, **{way.kind: orders.limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         return out.transpose(1, 2), kept.sum(0)

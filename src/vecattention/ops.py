@@ -246,6 +246,12 @@ def histogram(query: Tensor, key: Tensor, kind: str, rule: Rule) -> Tensor:
     return found
 
 
+def cut_off(taken: Tensor, limit: Tensor, kind: str, pairs: int) -> Tensor:
+    """`vecattention.targets.cut_off` of a checked target, as one operator."""
+    found: Tensor = _cut_off(taken, limit, kind, pairs)
+    return found
+
+
 def rule_of(
     head_dim: int,
     *,
@@ -297,6 +303,16 @@ def _histogram(query: Tensor, key: Tensor, kind: str, pool: int, block: int, til
 def _(query: Tensor, key: Tensor, kind: str, pool: int, block: int, tile: int, group: int, scope: str, causal: bool,
       scale: float) -> Tensor:  # fmt: skip
     return query.new_empty((query.shape[0], query.shape[1], 1 + targets.BINS), dtype=torch.int64)
+
+
+@torch.library.custom_op("vecattention::cut_off", mutates_args=())
+def _cut_off(taken: Tensor, limit: Tensor, kind: str, pairs: int) -> Tensor:
+    return targets.cut_off(taken, checks.values(limit, kind), kind, pairs)
+
+
+@_cut_off.register_fake
+def _(taken: Tensor, limit: Tensor, kind: str, pairs: int) -> Tensor:
+    return taken.new_empty(taken.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("vecattention::attend", mutates_args=())

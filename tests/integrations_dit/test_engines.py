@@ -27,8 +27,8 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-def _sparse(pipe, generate) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    with vecattention.apply(pipe, **SPARSE) as run:
+def _sparse(pipe, generate, settings=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    with vecattention.apply(pipe, **(SPARSE if settings is None else settings)) as run:
         made = generate(pipe)
     return made, [run.stats.density, *(part.density for part in run.branches.values())]
 
@@ -45,6 +45,17 @@ def test_compiled_wan_is_the_same(way: str, backend: str) -> None:
     else:
         pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
     made, counted = _sparse(pipe, generate_wan)
+    assert (made - wanted).abs().max() < NEAR
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(counted, density, strict=True))
+
+
+@pytest.mark.parametrize("make, generate", [(wan_pipeline, generate_wan), (hunyuan_pipeline, generate_hunyuan)])
+def test_a_compiled_coverage_is_the_same(make, generate) -> None:
+    """What a pipeline does when nothing is asked for but an early start."""
+    wanted, density = _sparse(make(), generate, {"dense_steps": 1})
+    pipe = make()
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    made, counted = _sparse(pipe, generate, {"dense_steps": 1})
     assert (made - wanted).abs().max() < NEAR
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(counted, density, strict=True))
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vecattention import checks, ops, spec, targets
+from vecattention import checks, ops, spec
 from vecattention.integrations import exchange
 from vecattention.integrations.exchange import Group
 
@@ -41,7 +41,7 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
         return arguments
     threshold = given.pop("threshold", 0.9)
     kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
-    target, rule = checks.values(limit, kind), rule_of(query, given)
+    rule = rule_of(query, given)
     block = rule.q_block_size
     every = max(1, -(-q_len // block) // sample) if sample and not rule.causal else 1
     counted = q_len if every == 1 else sum(min(block, q_len - g) for g in range(0, q_len, every * block))
@@ -49,12 +49,12 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
     if split_rows:
         dist.all_reduce(taken, group=rows)
     pairs = spec.allowed_pairs(counted, key.shape[2], rule.causal)
-    if target.ndim == 0:
+    if limit.ndim == 0:
         taken, pairs = taken.sum(1, keepdim=True), pairs * query.shape[1]
         if split_heads:
             dist.all_reduce(taken, group=heads)
             pairs *= exchange.size_of(heads)
-    alpha = targets.cut_off(taken, target, kind, pairs).expand(query.shape[:2])
+    alpha = ops.cut_off(taken, limit, kind, pairs).expand(query.shape[:2])
     return {**given, "alpha": alpha.contiguous()}
 
 

@@ -1,10 +1,11 @@
 r"""Train the small video generator from nothing, with one command.
 
     OMP_NUM_THREADS=1 python -m vecattention.testbed.generate.train --out DIR --device cpu --bfloat16 \
-        --autoencoder-seconds 900 --seconds 2700
+        --autoencoder-seconds 900 --seconds 3200 --test 96
 
-is how the shipped one was made: an hour on one core of a CPU with AVX-512 instructions for bfloat16. Untried, but what
-the options are there for, is a larger one on a GPU:
+is how the shipped one was made, in 70 minutes on one core of a CPU with AVX-512 instructions for bfloat16 (begun with
+--seconds 2700, and taken up after 2,000 of them with --resume and the longer time). Untried, but what the options are
+there for, is a larger one on a GPU:
 
     python -m vecattention.testbed.generate.train --out DIR --device cuda --size 128 --frames 25 --width 256 --heads 8 \
         --layers 8 --wide 768 --clips 32 --batch 64 --films 16384 --autoencoder-seconds 600 --seconds 3000

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vecattention.testbed import ModelError
-from vecattention.testbed.generate import Sizes, load, losses, make, network, scenes, stage, train
+from vecattention.testbed.generate import Sizes, load, losses, make, muon, network, scenes, stage, train
 from vecattention.testbed.generate.run import Run, Settings
 from vecattention.testbed.generate.stage import Budget, Stage
 
@@ -164,6 +164,31 @@ def test_what_is_no_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match="wanted a Wan pipeline that loads"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (6, 3, 1, 2, 2)])
+def test_a_step_of_muon_is_an_orthogonal_matrix_of_the_asked_size(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = 100 * torch.randn(shape)
+    muon.Muon([p], 0.5).step()
+    way = -p.detach().reshape(len(p), -1) / (0.5 * muon.SCALE * max(len(p), p[0].numel()) ** 0.5)
+    values = torch.linalg.svdvals(way)
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert (way * p.grad.reshape(way.shape)).sum() > 0, "down the gradient"
+
+
+def test_matrices_go_to_muon_and_tables_and_vectors_to_adam() -> None:
+    parts = network.build(TINY, 0)
+    named = dict(parts.transformer.named_parameters())
+    named |= {f"text.{name}": p for name, p in parts.text_encoder.named_parameters()}
+    learning = Stage(named, 1e-3, Budget(steps=1), 0)
+    by_muon, by_adam = ({id(p) for g in o.param_groups for p in g["params"]} for o in learning.optimisers)
+    assert len(by_muon) + len(by_adam) == len(named) and not by_muon & by_adam
+    for name in ("text.shared.weight", "scale_shift_table", "blocks.0.attn1.to_q.bias", "blocks.0.attn1.norm_q.weight"):
+        assert id(named[name]) in by_adam
+    for name in ("patch_embedding.weight", "blocks.0.attn1.to_q.weight", "blocks.0.ffn.net.2.weight"):
+        assert id(named[name]) in by_muon
 
 
 def test_rates_rise_and_fall() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-NAMES = ("q_pooling_size", "q_block_size", "k_local_size", "group_k_block", "max_scope")
+DEFAULTS: dict[str, Any] = {
+    "q_pooling_size": 64, "q_block_size": None, "k_local_size": 16, "group_k_block": 16, "max_scope": "window",
+}  # fmt: skip
+"""Those of `vecattention.select`."""
 
 
 def add_rule(parser: argparse.ArgumentParser, threshold: float) -> None:
@@ -14,13 +17,18 @@ def add_rule(parser: argparse.ArgumentParser, threshold: float) -> None:
     group.add_argument(
         "--threshold", type=float, default=threshold, help="theta in (0, 1]; higher is sparser (%(default)s)"
     )
-    group.add_argument("--q-pooling-size", type=int, default=64, metavar="P", help="queries averaged (%(default)s)")
+    group.add_argument("--q-pooling-size", type=int, metavar="P", help="queries averaged (64)")
     group.add_argument("--q-block-size", type=int, metavar="R", help="rows that share one list of keys (P)")
-    group.add_argument("--k-local-size", type=int, default=16, metavar="B", help="keys a tile (%(default)s)")
-    group.add_argument("--group-k-block", type=int, default=16, metavar="G", help="tiles a window (%(default)s)")
-    group.add_argument("--max-scope", default="window", metavar="SCOPE", help="window or row (%(default)s)")
+    group.add_argument("--k-local-size", type=int, metavar="B", help="keys a tile (16)")
+    group.add_argument("--group-k-block", type=int, metavar="G", help="tiles a window (16)")
+    group.add_argument("--max-scope", metavar="SCOPE", help="window or row (window)")
 
 
 def rule_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of the rule, the threshold apart."""
-    return {name: getattr(args, name) for name in NAMES}
+    return DEFAULTS | given_rule(args)
+
+
+def given_rule(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that were given."""
+    return {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}

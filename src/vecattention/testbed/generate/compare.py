@@ -102,12 +102,15 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--steps", type=int, default=report.STEPS, help="of the generation (%(default)s)")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="(%(default)s)")
     parser.add_argument("--q-pooling-size", type=int, default=16, metavar="P", help="queries averaged (%(default)s)")
+    parser.add_argument(
+        "--q-block-size", type=int, default=16, metavar="R", help="rows that share a list (%(default)s)"
+    )
     parser.add_argument("--dense-steps", type=float, default=0.06, help="share of first steps, dense (%(default)s)")
     given = parser.parse_args(arguments)
     captions = report.captions_of(given.films, given.seed)
     rows = compare(
         load(), captions, given.densities, seed=given.seed, steps=given.steps, q_pooling_size=given.q_pooling_size,
-        dense_steps=given.dense_steps,
+        q_block_size=given.q_block_size, dense_steps=given.dense_steps,
     )  # fmt: skip
     return table(rows)
 

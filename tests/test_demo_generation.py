@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(("words", "message"), [
     ("--densities 0.5,1.5", "--densities is (0.5, 1.5), wanted shares over 0 up to 1"),
     ("--densities half", "--densities is 'half', wanted shares over 0 up to 1"),
+    ("--threshold 0.5", "--threshold is 0.5 beside --generate, wanted --densities there"),
     ("--dense-steps few", "--dense-steps is 'few', wanted a number or a share"),
     ("--dense-steps 5 --steps 3 --size 64x64 --frames 5", "dense_steps is 5, wanted at most the 3 steps"),
     ("--steps 0", "--steps is 0, wanted at least 1"),
@@ -139,3 +141,17 @@ def test_videos_that_cannot_be_compared_are_refused_by_name() -> None:
         ssim(video, video[:1])
     with pytest.raises(ValueError, match=r"one has shape \(16, 16, 3\), wanted \[T, H, W, 3\]"):
         psnr(video[0], video[0])
+
+
+@pytest.mark.parametrize(("asked", "rule"), [
+    ("", {"q_pooling_size": 16, "q_block_size": 16}),
+    ("--q-pooling-size 64", {"q_pooling_size": 64, "q_block_size": 64}),
+    ("--q-block-size 64 --max-scope window", {"q_pooling_size": 16, "q_block_size": 64, "max_scope": "window"}),
+    ("--model somewhere", {}),
+])  # fmt: skip
+def test_the_rule_is_what_is_given_and_suits_the_generator(asked: str, rule: dict[str, object]) -> None:
+    from vecattention.commands import demo, generation
+
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert generation.settings_of(parser.parse_args(["--generate", *asked.split()])).rule == rule

@@ -240,9 +240,12 @@ def select_at(query: Tensor, key: Tensor, alpha: Tensor, rule: Rule, backend: st
     return Selection(words, query.shape[2], key.shape[2], rule.q_block_size, rule.causal)
 
 
-def histogram(query: Tensor, key: Tensor, kind: str, rule: Rule) -> Tensor:
-    """`vecattention.targets.histogram`, as one operator."""
-    found: Tensor = _histogram(query, key, kind, *_arguments(rule))
+def histogram(query: Tensor, key: Tensor, kind: str, rule: Rule, every: int = 1, first: int = 0) -> Tensor:
+    """`vecattention.targets.histogram` of every so manieth block of queries, as one operator.
+
+    ``first``: the number of the first block of this query; those whose number ``every`` divides are counted.
+    """
+    found: Tensor = _histogram(query, key, kind, *_arguments(rule), every, first)
     return found
 
 
@@ -294,14 +297,23 @@ def _(query: Tensor, key: Tensor, limit: Tensor, kind: str, pool: int, block: in
 
 @torch.library.custom_op("vecattention::histogram", mutates_args=())
 def _histogram(query: Tensor, key: Tensor, kind: str, pool: int, block: int, tile: int, group: int, scope: str,
-               causal: bool, scale: float) -> Tensor:  # fmt: skip
-    with _own_dtypes(query):
-        return targets.histogram(query, key, kind, Rule(pool, block, tile, group, scope, causal, scale))
+               causal: bool, scale: float, every: int, first: int) -> Tensor:  # fmt: skip
+    if every > 1:
+        chosen = range(-first % every * block, query.shape[2], every * block)
+        query = torch.cat([query[:, :, at : at + block] for at in chosen] or [query[:, :, :0]], 2)
+    try:
+        with _own_dtypes(query):
+            return targets.histogram(query, key, kind, Rule(pool, block, tile, group, scope, causal, scale))
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(
+            f"{first_line} It was the pass over the scores that a {kind} asks for; free memory, or pass a threshold"
+        ) from error
 
 
 @_histogram.register_fake
 def _(query: Tensor, key: Tensor, kind: str, pool: int, block: int, tile: int, group: int, scope: str, causal: bool,
-      scale: float) -> Tensor:  # fmt: skip
+      scale: float, every: int, first: int) -> Tensor:  # fmt: skip
     return query.new_empty((query.shape[0], query.shape[1], 1 + targets.BINS), dtype=torch.int64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from integrations_dit.tiny_generators import hunyuan_transformer, wan_transformer
+from integrations_dit.tiny_generators import MAKERS, hunyuan_transformer, wan_transformer
 
 import vecattention
 from vecattention.integrations.dit.processors import joint_projections, projections
@@ -62,13 +62,14 @@ def test_what_pipelines_do_when_nothing_is_asked_for(case) -> None:
     with vecattention.apply(pipe, dense_steps=0) as run:
         bare = generate(pipe)
     with vecattention.apply(
-        pipe, dense_steps=0, coverage=torch.full((2,), 0.9), q_block_size=128, max_scope="row"
+        pipe, dense_steps=0, coverage=torch.full((2,), 0.9), q_block_size=128, q_pooling_size=32, max_scope="row"
     ) as same:
         assert torch.equal(generate(pipe), bare)
     assert torch.equal(same.stats.density, run.stats.density)
     assert not torch.equal(bare, stock) and run.stats.density.max() < 1
     base = dit_settings_of(layers=1, heads=2).base.rule
-    assert (base["q_pooling_size"], base["q_block_size"], base["max_scope"]) == (64, 128, "row")
+    assert (base["q_pooling_size"], base["q_block_size"], base["max_scope"]) == (32, 128, "row")
+    assert dit_settings_of(layers=1, heads=2, q_block_size=16).base.rule["q_pooling_size"] == 16
     window = dit_settings_of(layers=1, heads=2, group_k_block=8192, q_block_size=64).base.rule
     assert (window["max_scope"], window["group_k_block"], window["q_block_size"]) == ("window", 8192, 64)
 
@@ -177,3 +178,21 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """The rotation written with complex numbers: [B, H, S, D]."""
     turn = torch.complex(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_a_target_is_looked_for_on_some_lists_of_a_long_sequence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that reach the pass over the scores, when it is to look at three lists or a few more."""
+    from vecattention import targets
+    from vecattention.integrations.dit import processors
+
+    make, generate = MAKERS[kind]
+    rows, plain = [], targets.histogram
+    monkeypatch.setattr(processors, "SAMPLE", 3)
+    monkeypatch.setattr(targets, "histogram", lambda query, *more: rows.append(query.shape[2]) or plain(query, *more))
+    pipe = make()
+    with vecattention.apply(pipe, dense_steps=1, q_block_size=16) as run:
+        generate(pipe, steps=2)
+    assert (
+        set(rows) == {3 * 16} and run.stats.sparse_calls
+    )  # 192 tokens are 12 lists, of which every fourth is looked at

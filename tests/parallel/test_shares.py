@@ -39,15 +39,45 @@ def test_a_sample_is_of_the_whole_sequence_however_it_is_split() -> None:
     """Two parts that begin at blocks 0 and 81: their histograms add up to that of one process."""
     query, key = tensors()
     rule = ops.rule_of(16, **RULE)
-    one = ops.histogram(shares._sampled(query, 16, 0, 8), key, "density", rule)
+    one = ops.histogram(query, key, "density", rule, 8)
     first, second = query[:, :, : 81 * 16], query[:, :, 81 * 16 :]
-    parts = [
-        ops.histogram(shares._sampled(part, 16, start, 8), key, "density", rule)
-        for part, start in ((first, 0), (second, 81))
-    ]
+    parts = [ops.histogram(part, key, "density", rule, 8, start) for part, start in ((first, 0), (second, 81))]
     assert int(one.sum()) == int(sum(parts).sum()) == 2 * 32 * 16 * 4096  # type: ignore[arg-type]
     assert (one - sum(parts)).abs().sum() <= 1e-4 * one.sum(), "but for rounding of scores"
-    assert shares._sampled(query[:, :, :16], 16, 1, 8).shape[2] == 0
+    assert not ops.histogram(query[:, :, :16], key, "density", rule, 8, 1).any(), "no block of it is counted"
+
+
+@pytest.mark.parametrize("asked", [{"coverage": 0.5}, {"density": 0.5}])
+def test_tensors_that_do_not_fit_are_named(asked: dict[str, float]) -> None:
+    query, key = tensors(128)
+    with pytest.raises(ValueError, match="query has 2 heads, wanted a multiple of key's 4"):
+        parallel_attention(query, key.repeat(1, 2, 1, 1), key.repeat(1, 2, 1, 1), groups=Groups(), **RULE, **asked)
+
+
+def test_the_pass_says_what_it_was_when_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    query, key = tensors(128)
+    monkeypatch.setattr(targets, "histogram", full)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="^CUDA out of memory.*the pass over the scores that a coverage asks"
+    ):
+        shares.at_cut_off(query, key, {**RULE, "coverage": 0.5}, q_len=128)
+
+
+def test_other_lengths_are_not_compiled_anew() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(
+        lambda q, k: parallel_attention(q, k, k, groups=Groups(), sample=4, coverage=0.7, **RULE)[0],
+        backend=counter, fullgraph=True,
+    )  # fmt: skip
+    query, key = tensors()
+    for length in range(512, 512 + 12 * 48, 48):
+        call(query[:, :, :length], key[:, :, :length])
+    assert counter.frame_count <= 3
 
 
 def test_a_sample_serves_one_process_too() -> None:

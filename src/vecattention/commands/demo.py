@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vecattention.commands import generation
-from vecattention.commands.rules import add_rule, rule_of
+from vecattention.commands.rules import add_rule, rule_of, threshold_of
 
 if TYPE_CHECKING:
     from vecattention.demo.run import Outcome
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     own.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
     generation.add_options(parser)
-    add_rule(parser, threshold=0.9)
+    add_rule(parser, generation.RULE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,8 +68,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     from vecattention import checks, ops
     from vecattention.demo.settings import Settings
 
-    rule = {"threshold": args.threshold, **rule_of(args)}
-    checks.threshold(args.threshold, 1, 1)
+    rule = {"threshold": threshold_of(args), **rule_of(args)}
+    checks.threshold(rule["threshold"], 1, 1)
     ops.rule_of(64, **rule_of(args))
     return Settings(
         out=args.out, rule=rule, tokens=args.tokens, timing_tokens=args.timing_tokens, depths=_depths(args.depths),

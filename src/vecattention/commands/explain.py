@@ -12,7 +12,7 @@ import sys
 import torch
 
 from vecattention import checks, dispatch, ops
-from vecattention.commands.rules import add_rule, rule_of
+from vecattention.commands.rules import add_rule, rule_of, threshold_of
 from vecattention.spec import Problem
 
 EXAMPLE = "vecattention explain --shape 1,28,4,131072,131072,128 --dtype bf16 --device cuda"
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chunk-size", type=int, help="queries handled at once (as many as the workspace allows)")
     parser.add_argument("--backend", default="auto", help="auto, or a backend to ask about alone (%(default)s)")
-    add_rule(parser, threshold=0.9)
+    add_rule(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the explanation; 1 when no backend can run the problem."""
     problem = problem_of(args)
-    checks.threshold(args.threshold, problem.batch, problem.heads)
+    checks.threshold(threshold_of(args), problem.batch, problem.heads)
     told = dispatch.explain(problem, args.backend, checks.chunk_size(args.chunk_size))
     sys.stdout.write(f"{told}\n")
     if problem.device.type == "cuda" and not torch.cuda.is_available():

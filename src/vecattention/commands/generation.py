@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from vecattention.demo.generation import Made, Settings
 
 
-SMALL_RULE = {"q_pooling_size": 16, "q_block_size": 16}
-"""For the generator that ships."""
+RULE = "with --generate P is 16 and R is P; with --model too 32 and 128; the scope is row unless G is given"
+"""What --help says of the rule."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     from vecattention.demo.generation import CAPTION, Settings
 
     small = args.model is None  # 448 tokens: lists of 16 rows leave it something to choose, and it can spare little
-    rule = (SMALL_RULE if small else {}) | given_rule(args)
+    if args.threshold is not None:
+        raise ValueError(
+            f"--threshold is {args.threshold} beside --generate, wanted --densities there; leave the threshold out"
+        )
+    rule = given_rule(args)
+    if small:
+        rule = {"q_pooling_size": 16} | rule
+        rule = {"q_block_size": rule["q_pooling_size"]} | rule
     ops.rule_of(64, causal=False, **rule)
     densities = args.densities or ("0.9,0.7,0.5" if small else "0.5,0.3,0.15")
     return Settings(

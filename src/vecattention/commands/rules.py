@@ -10,13 +10,13 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Those of `vecattention.select`."""
 
+THRESHOLD = 0.9
 
-def add_rule(parser: argparse.ArgumentParser, threshold: float) -> None:
-    """Options for the arguments of `vecattention.select` that decide the set of keys."""
-    group = parser.add_argument_group("the rule")
-    group.add_argument(
-        "--threshold", type=float, default=threshold, help="theta in (0, 1]; higher is sparser (%(default)s)"
-    )
+
+def add_rule(parser: argparse.ArgumentParser, more: str | None = None) -> None:
+    """Options for the arguments of `vecattention.select` that decide the set of keys; ``more``: said below."""
+    group = parser.add_argument_group("the rule", more)
+    group.add_argument("--threshold", type=float, help=f"theta in (0, 1]; higher is sparser ({THRESHOLD})")
     group.add_argument("--q-pooling-size", type=int, metavar="P", help="queries averaged (64)")
     group.add_argument("--q-block-size", type=int, metavar="R", help="rows that share one list of keys (P)")
     group.add_argument("--k-local-size", type=int, metavar="B", help="keys a tile (16)")
@@ -27,6 +27,11 @@ def add_rule(parser: argparse.ArgumentParser, threshold: float) -> None:
 def rule_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of the rule, the threshold apart."""
     return DEFAULTS | given_rule(args)
+
+
+def threshold_of(args: argparse.Namespace) -> float:
+    """The threshold."""
+    return THRESHOLD if args.threshold is None else float(args.threshold)
 
 
 def given_rule(args: argparse.Namespace) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
         coverage, density: diffusers only, instead of a threshold: as in `vecattention.select`.
         table: a `ThresholdTable`, instead; its settings are used, and others are refused.
         q_pooling_size, q_block_size, k_local_size, group_k_block, max_scope, chunk_size, backend: as in
-            `vecattention.vec_attention`; pipelines take q_block_size=128 and, unless group_k_block asks for a window,
-            max_scope="row" where nothing else is given.
+            `vecattention.vec_attention`; pipelines take q_block_size=128, q_pooling_size=32 and, unless group_k_block
+            asks for a window, max_scope="row" where nothing else is given.
         min_length: calls with fewer keys stay dense. None: the length from which on sparse calls at half density are
             faster on this GPU, where its shipped profile knows it (`vecattention.profile`), else what can gain:
             2 * q_pooling_size + 1 in causal models, below which each block's first and own keys are all there is.

@@ -95,7 +95,8 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`vecattention.vec_attention`, non-causal, of a sequence that is split over ranks; every rank calls it.
 
-    Any number of heads. The keys chosen are exactly those of one process; each rank needs memory for all keys.
+    Any number of heads. The keys chosen are those of one process (by a coverage or a density up to rounding of the
+    cut-off); each rank needs memory for all keys.
 
     Args:
         query, key, value: [B, H, own S, D] and [B, Hkv, own S, D], this rank's part of the sequence, in rank order.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,7 +24,8 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
                split_rows: bool = False) -> dict[str, Any]:  # fmt: skip
     """The arguments with ``alpha`` in place of a coverage or a density; as they are where they ask for neither.
 
-    Histograms of integers are added up over the ranks, so that all agree on one cut-off: that of one process.
+    Histograms of integers are added up over the ranks, so that all agree on one cut-off: that of one process, but for
+    how scores round.
 
     Args:
         query: [B, own H, own blocks' rows, D], each block on one rank alone.
@@ -42,10 +42,13 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
     threshold = given.pop("threshold", 0.9)
     kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     rule = rule_of(query, given)
+    if query.shape[2]:  # a rank of a ring may hold no block of its own
+        checks.tensors(rule.causal, query=query, key=key)
     block = rule.q_block_size
     every = max(1, -(-q_len // block) // sample) if sample and not rule.causal else 1
-    counted = q_len if every == 1 else sum(min(block, q_len - g) for g in range(0, q_len, every * block))
-    taken = ops.histogram(_sampled(query, block, first_block, every), key, kind, rule)
+    chosen = -(-q_len // (every * block))
+    counted = q_len if every == 1 else (chosen - 1) * block + min(block, q_len - (chosen - 1) * every * block)
+    taken = ops.histogram(query, key, kind, rule, every, first_block)
     if split_rows:
         dist.all_reduce(taken, group=rows)
     pairs = spec.allowed_pairs(counted, key.shape[2], rule.causal)
@@ -56,12 +59,3 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
             pairs *= exchange.size_of(heads)
     alpha = ops.cut_off(taken, limit, kind, pairs).expand(query.shape[:2])
     return {**given, "alpha": alpha.contiguous()}
-
-
-def _sampled(query: Tensor, block: int, first: int, every: int) -> Tensor:
-    """The rows of every so manieth block, blocks counted from ``first``."""
-    if every == 1:
-        return query
-    chosen = range(-first % every * block, query.shape[2], every * block)
-    parts = [query[:, :, start : start + block] for start in chosen]
-    return torch.cat(parts, 2) if parts else query[:, :, :0]

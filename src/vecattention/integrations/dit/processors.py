@@ -272,7 +272,7 @@ class HunyuanVideoProcessor(SparseProcessor):
         settings = way.settings
         out, _, kept = parallel_attention(
             query[:, :video].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=Groups(),
-            causal=False, chunk_size=settings.chunk_size, backend=settings.backend,
+            causal=False, chunk_size=settings.chunk_size, backend=settings.backend, sample=SAMPLE,
             **{way.kind: limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         shown = out.transpose(1, 2)

@@ -121,9 +121,11 @@ def dit_settings_of(
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
-    """The maximum of the row unless a window is asked for, and lists of 128 rows."""
+    """The maximum of the row unless a window is asked for, and lists of 128 rows made from means of 32."""
     scope = {} if "group_k_block" in asked else {"max_scope": "row"}
-    return {"q_block_size": 128, **scope, **asked}
+    block = asked.get("q_block_size", 128)
+    pool = min(32, block) if isinstance(block, int) else 32
+    return {"q_block_size": 128, "q_pooling_size": pool, **scope, **asked}
 
 
 def _target(

@@ -164,8 +164,8 @@ MUTANTS = {
     "keys are not waited for": ("    mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1, pred=more)\n", ""),
     "a buffer is given back too early": (
         "    scores = warpgroup_mma_wait(0, deps=(ahead,))\n"
-        "    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < hi)\n",
-        "    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < hi)\n"
+        "    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < end)\n",
+        "    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < end)\n"
         "    scores = warpgroup_mma_wait(0, deps=(ahead,))\n",
     ),
     "a buffer is never given back": ("        mbarrier.arrive(k_empty.index(0))\n", ""),

@@ -130,11 +130,15 @@ def _cut(scores, top, first, window, B: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def _step(scores, top, first, hi, tile, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
+def _step(scores, top, first, hi, end, tile, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
           alpha, row_start, k_len, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
           STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
           EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
-    """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate."""
+    """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate.
+
+    The keys of the tile before ``end``, where the rows' own keys end, are given back; a later one is waited for all the
+    same, so that the product that nobody reads does not meet a copy, and given back as it goes by.
+    """
     ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
     key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
     if EDGE:
@@ -157,7 +161,7 @@ def _step(scores, top, first, hi, tile, high, low, k_smem, k_full, k_empty, word
         gl.store(place, words, mask=(block < blocks)[:, None] & (at < width)[None, :])
     # Waited for here, not in the next round: scores in flight must not be carried around a loop.
     scores = warpgroup_mma_wait(0, deps=(ahead,))
-    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < hi)
+    mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < end)
     return scores, top
 
 
@@ -202,17 +206,17 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
         mbarrier.arrive(k_empty.index(0))
         for t in range(0, sink):
             scores, top = _step(
-                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
                 True, ACC)  # fmt: skip
         for t in range(sink, clear):
             scores, top = _step(
-                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, False,
                 False, ACC)  # fmt: skip
         for t in range(clear, tiles):
             scores, top = _step(
-                scores, top, lo + t * N, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
                 False, ACC)  # fmt: skip
     for t in range(tiles, all_tiles):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vecattention
-from vecattention.bench import record
-
-CALLS = 5
+from vecattention.bench import record, timer
 
 
 @dataclass(frozen=True)
@@ -98,21 +95,6 @@ def build(model: Model, device: str, dtype: torch.dtype) -> tuple[Any, dict[str,
     return transformer, inputs
 
 
-def clock(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Median and quartiles of a forward, in milliseconds."""
-    call()
-    times = []
-    for _ in range(CALLS):
-        wait(device)
-        begun = time.perf_counter()
-        call()
-        wait(device)
-        times.append(1e3 * (time.perf_counter() - begun))
-    times.sort()
-    low, middle, high = (times[i] for i in (CALLS // 4, CALLS // 2, CALLS - 1 - CALLS // 4))
-    return {"ms": round(middle, 3), "ms_q1": round(low, 3), "ms_q3": round(high, 3)}
-
-
 KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -125,15 +107,9 @@ def fastest(forward: Callable[[], object], device: str) -> tuple[str, dict[str, 
     found = {}
     for name, kernels in KERNELS.items():
         with sdpa_kernel(kernels, set_priority=True):
-            found[name] = clock(forward, device)
+            found[name] = timer.measure(forward, device=device).record()
     best = min(found, key=lambda name: found[name]["ms"])
     return best, found[best]
-
-
-def wait(device: str) -> None:
-    """Until the device has done all that was asked of it."""
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()
@@ -151,9 +127,9 @@ def measure(name: str, device: str, pool: int, block: int) -> record.Record:
         """(density, times of a forward, milliseconds of attention a forward, its output)."""
         with vecattention.apply(transformer, **rule, **limit) as found:
             out = forward()
-            times = clock(forward, device)
+            times = timer.measure(forward, device=device).record()
         stats = found.stats
-        return stats.mean_density, times, 1e3 * stats.seconds / (CALLS + 2), out
+        return stats.mean_density, times, 1e3 * stats.seconds * len(stats.layers) / stats.calls, out
 
     theta = threshold_for(transformer, forward, rule, model.density)
     dense_out = forward()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vecattention.commands import generation
 from vecattention.commands.rules import add_rule, rule_of, threshold_of
+from vecattention.commands.watched import watched
 
 if TYPE_CHECKING:
     from vecattention.demo.run import Outcome
@@ -50,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the demonstration, print its tables and write its files."""
     if args.generate:
         return generation.run(args)
+    from vecattention.demo import run as demonstration
     from vecattention.demo.settings import check
 
     settings = settings_of(args)
     check(settings)
-    outcome = _watched(settings)
-    _show(outcome)
+    work = demonstration.work(settings)
+    _show(watched(work, "{task.percentage:>3.0f} %", lambda report: demonstration.run(settings, report)))
     return 0
 
 
@@ -83,27 +85,6 @@ def _depths(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--depths is {text!r}, wanted numbers from 0 to 1; for instance 0.1,0.5,0.9") from None
-
-
-def _watched(settings: Settings) -> Outcome:
-    """Run with a progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from vecattention.demo.run import run, work
-
-    columns = (
-        BarColumn(28), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=work(settings))
-
-        def report(what: str, done: float) -> None:
-            progress.update(task, description=what, advance=done)
-
-        return run(settings, report)
 
 
 def _show(outcome: Outcome) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vecattention.commands.rules import given_rule
+from vecattention.commands.watched import watched
 
 if TYPE_CHECKING:
     from vecattention.demo.generation import Made, Settings
@@ -31,11 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, print the table and write the files."""
-    from vecattention.demo.generation import check
+    from vecattention.demo import generation
 
     settings = settings_of(args)
-    check(settings)
-    made = _watched(settings)
+    generation.check(settings)
+    how_far = "{task.completed:.0f} of {task.total:.0f}"
+    made = watched(generation.work(settings), how_far, lambda report: generation.run(settings, report))
     _show(settings, made)
     return 0
 
@@ -89,27 +91,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"--size is {text!r}, wanted HEIGHTxWIDTH in pixels; for instance 480x832")
     return int(parts[0]), int(parts[1])
-
-
-def _watched(settings: Settings) -> list[Made]:
-    """Run with a progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from vecattention.demo.generation import run, work
-
-    columns = (
-        BarColumn(28), TextColumn("{task.completed:.0f} of {task.total:.0f}"), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=work(settings))
-
-        def report(what: str, done: float) -> None:
-            progress.update(task, description=what, advance=done)
-
-        return run(settings, report)
 
 
 def _show(settings: Settings, made: list[Made]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vecattention.checks import THRESHOLD
+
 DEFAULTS: dict[str, Any] = {
     "q_pooling_size": 64, "q_block_size": None, "k_local_size": 16, "group_k_block": 16, "max_scope": "window",
 }  # fmt: skip
 """Those of `vecattention.select`."""
-
-THRESHOLD = 0.9
 
 
 def add_rule(parser: argparse.ArgumentParser, more: str | None = None) -> None:

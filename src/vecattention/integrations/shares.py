@@ -39,7 +39,7 @@ def at_cut_off(query: Tensor, key: Tensor, arguments: dict[str, Any], *, q_len: 
     coverage, density = given.pop("coverage", None), given.pop("density", None)
     if coverage is None and density is None:
         return arguments
-    threshold = given.pop("threshold", 0.9)
+    threshold = given.pop("threshold", checks.THRESHOLD)
     kind, limit = checks.target(threshold, coverage, density, query.shape[0], query.shape[1])
     rule = rule_of(query, given)
     if query.shape[2]:  # a rank of a ring may hold no block of its own

@@ -9,6 +9,7 @@ films in which the judge sees the caption's colour, shape and direction.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,4 +117,4 @@ def main(arguments: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    print(main())
+    sys.stdout.write(main() + "\n")

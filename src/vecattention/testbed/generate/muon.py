@@ -1,4 +1,7 @@
-"""Muon: momentum that is made orthogonal before it is applied (Jordan and others, 2024), for kernels of any rank."""
+"""Muon: momentum that is made orthogonal before it is applied (Jordan and others, 2024), for kernels of any rank.
+
+torch.optim.Muon takes matrices alone, and most of an autoencoder's weights are kernels of convolutions.
+"""
 
 from __future__ import annotations
 

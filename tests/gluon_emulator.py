@@ -134,6 +134,12 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.held.permute(tuple(order)))
 
+    def store(self, value: torch.Tensor) -> None:
+        self.held.copy_(value)
+
+    def load(self, layout: Any) -> Any:
+        return tile(self.held.clone())
+
 
 class Barrier:
     """An mbarrier: completed phases, and arrivals in the current one."""
@@ -241,9 +247,10 @@ def _product_wait(left: int, deps: Sequence[Product]) -> Any:
     _CURRENT.products = _CURRENT.products[len(over) :]
     for product in over:
         product.done()
-    if any(dep.value is None for dep in deps):
+    if any(isinstance(dep, Product) and dep.value is None for dep in deps):
         raise RuntimeError("a product is used before it was waited for")
-    return deps[0].value if len(deps) == 1 else tuple(dep.value for dep in deps)
+    found = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
+    return found[0] if len(found) == 1 else found
 
 
 def _load(source: Pointer, mask: Any = None, other: Any = 0) -> Any:
@@ -257,6 +264,13 @@ def _store(target: Pointer, value: Any, mask: Any = None) -> None:
     value = torch.as_tensor(value).as_subclass(torch.Tensor).to(target.storage.dtype)
     place, used, value = torch.broadcast_tensors(place, used, value)
     target.storage[place[used]] = value[used]
+
+
+def _atomic_add(target: Pointer, value: int, sem: str = "acq_rel") -> Scalar:
+    place, _ = target.places(None)
+    before = Scalar(int(target.storage[place]))
+    target.storage[place] += int(value)
+    return before
 
 
 def _where(which: Any, a: Any, b: Any) -> Any:
@@ -345,7 +359,8 @@ class _BarrierLayout(_Layout):
 def _shared(dtype: torch.dtype, shape: Sequence[int], layout: _Layout) -> Any:
     if isinstance(layout, _BarrierLayout):
         return Barriers(int(shape[0]))
-    return Shared(torch.full([int(n) for n in shape], torch.nan, dtype=dtype))
+    poison = torch.nan if dtype.is_floating_point else -1
+    return Shared(torch.full([int(n) for n in shape], poison, dtype=dtype))
 
 
 def _init(barrier: Barrier, count: int) -> None:
@@ -357,7 +372,8 @@ def _language() -> ModuleType:
     gl.__dict__.update(
         constexpr=lambda x: Scalar(x) if type(x) is int else x, static_range=scalars, float32=torch.float32,
         int32=torch.int32, int64=torch.int64, BlockedLayout=_Layout, SliceLayout=_Layout, DotOperandLayout=_Layout,
-        NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout, allocate_shared_memory=_shared,
+        NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout, SwizzledSharedLayout=_Layout,
+        atomic_add=_atomic_add, allocate_shared_memory=_shared,
         barrier=lambda: None, warp_specialize=_specialize, load=_load, store=_store, where=_where,
         minimum=_extreme(True), maximum=_extreme(False), max=_most, sum=_sum, reduce=_reduce,
         program_id=lambda axis: Scalar(_CURRENT.program.place[axis]),

@@ -67,7 +67,7 @@ def attend_constants(causal: bool, pair: bool, dim: int) -> dict[str, Any]:
     shape = launch.AttendShape()
     return {
         "D": dim, "R": launch.BLOCK, "N": shape.step, "STAGES": shape.stages, "SEG": launch.WORDS, "RING": launch.RING,
-        "CAUSAL": causal, "PAIR": pair, "CONSUMER_REGS": shape.consumer_registers,
+        "QUEUE": launch.QUEUE, "CAUSAL": causal, "PAIR": pair, "CONSUMER_REGS": shape.consumer_registers,
         "LOADER_REGS": shape.loader_registers,
     }  # fmt: skip
 
@@ -79,16 +79,16 @@ def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tm
     assert "serialized" not in said
     # The pinned Triton spills one scalar of a work item at most; other versions get a little room, for such too.
     assert spilled(said) <= (8 if triton.__version__.startswith("3.6.") else 48)
-    assert shown.count("HGMMA") >= 2 * 3 * (dim // 16 + 8), "three products of two consumers, unrolled"
+    assert shown.count("HGMMA") == 2 * 2 * (dim // 16 + 8), "of two consumers the first scores, a step, the last values"
     assert "LDGSTS.E.BYPASS.128" in shown and "USETMAXREG" in shown
     assert "HMMA.16" not in shown.replace("HGMMA", "")
 
 
-@pytest.mark.parametrize("causal, most", [(True, 640), (False, 64)])
-def test_attention_over_pairs_of_lists(causal: bool, most: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_over_pairs_of_lists(causal: bool, tmp_path: Path) -> None:
     said, shown = build(attend_kernel, attend_constants(causal, True, 128), "bf16", tmp_path)
     assert "serialized" not in said
-    assert spilled(said) <= most
+    assert spilled(said) <= (8 if triton.__version__.startswith("3.6.") else 64)
     assert "HGMMA" in shown
 
 

@@ -1,13 +1,15 @@
 """Exact softmax attention over selected keys on Hopper: one CTA per SM, a team of three roles.
 
-    loader     (4 warps)  bits -> positions in a ring (in L2), rows of K and V -> shared memory (cp.async)
+    loader     (4 warps)  bits -> positions in a ring (in L2), rows of K and V -> shared memory (cp.async); the keys
+                          a tile ahead of the values, in the order in which they are wanted
     consumer 0 (4 warps)  rows 0..63 of the block:   S = Q K^T, online softmax, O += P V (wgmma)
     consumer 1 (4 warps)  rows 64..127, likewise: both use every row that the loader fetched
 
 Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit.
 Lists of 64 rows go in pairs (PAIR): the keys of both are fetched, and each consumer hides what only the other lists.
 The loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first
-loads are waited for.
+loads are waited for. It also draws the work items from a counter, since lists differ in length; which program takes
+an item changes no result.
 """
 
 from __future__ import annotations
@@ -107,17 +109,25 @@ def _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDE
 
 
 @gluon.jit
-def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS, skb, skh, skn, svb, svh, svn,
-            heads, group, q_len, k_len, width, blocks, lists, items,
+def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
+            skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
             D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
-            RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
+            RING: gl.constexpr, QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    ring = RINGS + gl.program_id(0).to(gl.int64) * RING
+    ring = RINGS + gl.program_id(0).to(gl.int64) * (RING + QUEUE)
     base = 0
-    tile = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    stage, phase = 0, 1
+    v_stage, v_phase = 0, 1
+    order = 0
+    item = gl.program_id(0)
+    after = item + gl.num_programs(0)
+    while item < items:
+        gl.store(ring + RING + order % QUEUE, after)
+        mbarrier.arrive(queued.index(order % QUEUE))
+        order += 1
+        drawn = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + 2 * gl.num_programs(0)
         b, h, bh, g = _item(item, blocks, heads)
         count = gl.load(COUNTS + bh * blocks + g)
         words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
@@ -130,6 +140,7 @@ def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNT
         mine = _words(words, 0, keys, SEG)
         other = _words(words + width, 0, keys_other, SEG) if PAIR else gl.zeros_like(mine)
         index = gl.zeros([N], gl.int32, flat)
+        gone = gl.zeros([N], gl.int32, rows)
         tiles = gl.maximum((count + N - 1) // N, 1)
         for t in range(-1, tiles):
             need = gl.minimum(t * N + 2 * N, count)
@@ -140,21 +151,39 @@ def _loader(k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNT
                     other = _words(words + width, segment + SEG, keys_other, SEG)
                 filled += _decode(ring, base + filled, now, now_other, segment, SEG, RING, PAIR)
                 segment += SEG
+            entry = index
             here = gl.convert_layout(index & 0x3FFFFFFF if PAIR else index, rows)
             barrier()
             slot = gl.minimum(t * N + N + gl.arange(0, N, flat), count - 1)
             index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
             if t >= 0:
-                stage = tile % STAGES
-                phase = (tile // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(stage), phase)
+                if PAIR:
+                    members.index(2 * stage).store(_held(entry >> 30, N))
+                    members.index(2 * stage + 1).store(_held(entry >> 31, N))
+                    mbarrier.arrive(k_full.index(stage))
                 _load(k_smem.index(stage), k_base, here, skn, D, N)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-                mbarrier.wait(v_empty.index(stage), phase)
-                _load(v_smem.index(stage), v_base, here, svn, D, N)
-                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-                tile += 1
+                stage, phase = _after(stage, phase, STAGES)
+                if t > 0:
+                    mbarrier.wait(v_empty.index(v_stage), v_phase)
+                    _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
+                    async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
+                    v_stage, v_phase = _after(v_stage, v_phase, STAGES)
+            gone = here
+        mbarrier.wait(v_empty.index(v_stage), v_phase)
+        _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
+        async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
+        v_stage, v_phase = _after(v_stage, v_phase, STAGES)
         base = (base + count) & (RING - 1)
+        item, after = after, drawn
+
+
+@gluon.jit
+def _held(entry, N: gl.constexpr):
+    """int32 words [N // 32] of the lowest bits of [N] entries."""
+    place = gl.arange(0, N, entry.type.layout) & 31
+    return gl.sum(gl.reshape((entry & 1) << place, (N // 32, 32)), 1)
 
 
 @gluon.jit
@@ -164,7 +193,22 @@ def _below(n):
 
 
 @gluon.jit
-def _limits(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
+def _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF_INDEX: gl.constexpr, R: gl.constexpr,
+            CAUSAL: gl.constexpr, PAIR: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+    """(entries of a work item's list, how many of them each row sees: all, or those up to itself)."""
+    b, h, bh, g = _item(item, blocks, heads)
+    count = gl.load(COUNTS + bh * blocks + g)
+    row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
+    limit = gl.zeros_like(row) + count
+    if CAUSAL:
+        words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
+        start = g * R + k_len - q_len
+        limit = _causal(words, width, 2 * g + 1 < lists, count, start, row + (k_len - q_len), k_len, R, PAIR)
+    return count, limit
+
+
+@gluon.jit
+def _causal(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
     """How many entries of the ascending list each row sees: all before the block's span, then those up to itself."""
     seen = gl.zeros_like(position)
     own = gl.zeros_like(position)
@@ -182,42 +226,69 @@ def _limits(words, width, pair, count, start, position, k_len, R: gl.constexpr, 
 
 
 @gluon.jit
-def _hide(logits, t, limit, N: gl.constexpr, ACC: gl.constexpr):
-    """-inf where the tile holds no key, or one after the row's position."""
-    slot = t * N + gl.arange(0, N, gl.SliceLayout(0, ACC))
-    return gl.where(slot[None, :] < limit[:, None], logits, float("-inf"))
+def _hide(logits, left, N: gl.constexpr, ACC: gl.constexpr):
+    """-inf from entry ``left`` of the tile on: there is no key, or one after the row's position."""
+    entry = gl.arange(0, N, gl.SliceLayout(0, ACC))
+    return gl.where(entry[None, :] < left[:, None], logits, float("-inf"))
 
 
 @gluon.jit
-def _unlisted(logits, ring, base, t, count, HALF_INDEX: gl.constexpr, N: gl.constexpr, RING: gl.constexpr,
-              ACC: gl.constexpr):  # fmt: skip
-    """-inf for keys that only the other list of a pair holds."""
-    slot = gl.minimum(t * N + gl.arange(0, N, gl.SliceLayout(0, ACC)), count - 1)
-    entry = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
-    return gl.where((((entry >> (30 + HALF_INDEX)) & 1) != 0)[None, :], logits, float("-inf"))
+def _listed(members, at, none, N: gl.constexpr):
+    """Words [N // 32] that say which entries of a tile this consumer's list holds."""
+    cells = gl.reshape(none, (HALF, N // 32, 4, 4, 2))
+    layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, cells.type.layout)))
+    return members.index(at).load(gl.SliceLayout(0, layout))
 
 
 @gluon.jit
-def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-          t, limit, ring, base, count, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-          RING: gl.constexpr, PAIR: gl.constexpr, MASK: gl.constexpr, S_ACC: gl.constexpr,
-          O_ACC: gl.constexpr):  # fmt: skip
-    """Scores of the tile after ``tile``, then its softmax while the weights of ``tile`` meet their values."""
+def _unlisted(logits, words, N: gl.constexpr, ACC: gl.constexpr):
+    """-inf for entries whose bit is not set; a thread holds all octets o and pairs c of 8 o + 2 q + c for its own q."""
+    cells = gl.reshape(logits, (HALF, N // 32, 4, 4, 2))
+    L4: gl.constexpr = gl.SliceLayout(4, cells.type.layout)
+    L3: gl.constexpr = gl.SliceLayout(3, L4)
+    quad = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L4))))
+    octet = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
+    P1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(1, cells.type.layout)))
+    pair = gl.arange(0, 2, gl.SliceLayout(0, P1))[None, :][:, None, :][:, None, :, :][:, None, :, :, :]
+    word = words[None, :][:, :, None][:, :, :, None]
+    word = (word >> (2 * quad)[None, :][:, None, :][:, :, None, :])[:, :, :, :, None]
+    place = 8 * octet[None, :][:, None, :][:, :, :, None][:, :, :, :, None] + pair
+    kept = gl.where(((word >> place) & 1) != 0, cells, float("-inf"))
+    return gl.convert_layout(gl.reshape(kept, (HALF, N)), ACC, assert_trivial=True)
+
+
+@gluon.jit
+def _after(stage, phase, STAGES: gl.constexpr):
+    """(buffer, phase of its barriers) of the next tile."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, last, before, stage,
+          phase, scale, left, mask, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+          PAIR: gl.constexpr, S_ACC: gl.constexpr, O_ACC: gl.constexpr):  # fmt: skip
+    """Scores of the next tile (in ``stage``), and the weights of the last one meet their values; then its softmax.
+
+    ``left``: how many entries of the next tile each row sees, if not all (``mask``).
+    """
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
-    last = tile % STAGES
-    stage = (tile + 1) % STAGES
-    mbarrier.wait(k_full.index(stage), (tile + 1) // STAGES & 1)
+    keys, values = k_smem.index(stage).permute((1, 0)), v_smem.index(last)
+    mbarrier.wait(k_full.index(stage), phase)
+    words = _listed(members, 2 * stage + HALF_INDEX, none, N) if PAIR else left
     fence_async_shared()
-    ahead = warpgroup_mma(query, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last), tile // STAGES & 1)
+    ahead = warpgroup_mma(query, keys, none, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), before)
     fence_async_shared()
-    mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
-    logits = warpgroup_mma_wait(1, deps=(ahead,))
+    mixed = warpgroup_mma(part, values, acc, is_async=True)
+    later, parity = _after(stage, phase, STAGES)
+    # What hides entries goes through the wait, lest the compiler computes it before, and moves it out of the way.
+    logits, left, words = warpgroup_mma_wait(1, deps=(ahead, left, words))
     mbarrier.arrive(k_empty.index(stage))
     if PAIR:
-        logits = _unlisted(logits, ring, base, t, count, HALF_INDEX, N, RING, S_ACC)
-    if MASK:
-        logits = _hide(logits, t, limit, N, S_ACC)
+        logits = _unlisted(logits, words, N, S_ACC)
+    if mask:
+        logits = _hide(logits, left, N, S_ACC)
     higher = gl.maximum(top, gl.max(logits, 1) * scale)
     weight = gl.exp2(logits * scale - higher[:, None])
     decay = gl.exp2(top - higher)
@@ -225,72 +296,72 @@ def _step(acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full,
     acc = warpgroup_mma_wait(0, deps=(mixed,))
     mbarrier.arrive(v_empty.index(last))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_ACC))[:, None]
-    return acc, higher, total, gl.convert_layout(weight.to(part.dtype), part.type.layout)
+    part = gl.convert_layout(weight.to(part.dtype), part.type.layout)
+    return acc, higher, total, part, stage, phase, later, parity
 
 
 @gluon.jit
-def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
               Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, width,
               blocks, lists, items, scale, D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-              RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
+              RING: gl.constexpr, QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     S_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_OP: gl.constexpr = gl.DotOperandLayout(0, O_ACC, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S_ACC)
     MASKED: gl.constexpr = R // N + 1 if CAUSAL else 1
     dtype: gl.constexpr = q_smem.dtype
-    ring = RINGS + gl.program_id(0).to(gl.int64) * RING
+    queue = RINGS + gl.program_id(0).to(gl.int64) * (RING + QUEUE) + RING
     query = q_smem.index(HALF_INDEX)
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
-    base = 0
-    tile = 0
-    _fetch(query, Q, gl.program_id(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, bh, g = _item(item, blocks, heads)
-        count = gl.load(COUNTS + bh * blocks + g)
+    last, before = 0, 0
+    order = 0
+    item = gl.program_id(0)
+    _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
+    count, limit = _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF_INDEX, R, CAUSAL, PAIR,
+                           ROWS)  # fmt: skip
+    while item < items:
         tiles = gl.maximum((count + N - 1) // N, 1)
-        row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_ACC))
-        limit = gl.zeros_like(row) + count
-        if CAUSAL:
-            start = g * R + k_len - q_len
-            words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
-            limit = _limits(words, width, 2 * g + 1 < lists, count, start, row + (k_len - q_len), k_len, R, PAIR)
-
         async_copy.wait_group(0)
-        fence_async_shared()
         barrier()
-        stage = tile % STAGES
-        mbarrier.wait(k_full.index(stage), tile // STAGES & 1)
-        fence_async_shared()
-        logits = warpgroup_mma(query, k_smem.index(stage).permute((1, 0)), none, use_acc=False)
-        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(k_full.index(last), before)
         if PAIR:
-            logits = _unlisted(logits, ring, base, 0, count, HALF_INDEX, N, RING, S_ACC)
+            words = _listed(members, 2 * last + HALF_INDEX, none, N)
+        fence_async_shared()
+        ahead = warpgroup_mma(query, k_smem.index(last).permute((1, 0)), none, use_acc=False, is_async=True)
+        mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
+        after = gl.load(queue + order % QUEUE)
+        order += 1
+        stage, phase = _after(last, before, STAGES)
+        logits = warpgroup_mma_wait(0, deps=(ahead,))
+        mbarrier.arrive(k_empty.index(last))
+        if PAIR:
+            logits = _unlisted(logits, words, N, S_ACC)
         if tiles <= MASKED:
-            logits = _hide(logits, 0, limit, N, S_ACC)
+            logits = _hide(logits, limit, N, S_ACC)
         top = gl.maximum(gl.max(logits, 1) * scale, NO_KEY)
         weight = gl.exp2(logits * scale - top[:, None])
         total = gl.sum(weight, 1)
         part = gl.convert_layout(weight.to(dtype), P_OP)
         acc = gl.zeros([HALF, D], gl.float32, O_ACC)
         clear = gl.maximum(tiles - MASKED, 1)
-        for t in range(1, clear):
-            acc, top, total, part = _step(
-                acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-                t, limit, ring, base, count, HALF_INDEX, N, STAGES, RING, PAIR, False, S_ACC, O_ACC)  # fmt: skip
-            tile += 1
-        for t in range(clear, tiles):
-            acc, top, total, part = _step(
-                acc, top, total, part, query, k_smem, v_smem, k_full, k_empty, v_full, v_empty, tile, scale,
-                t, limit, ring, base, count, HALF_INDEX, N, STAGES, RING, PAIR, True, S_ACC, O_ACC)  # fmt: skip
-            tile += 1
-        _fetch(query, Q, item + gl.num_programs(0), items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
-        last = tile % STAGES
-        mbarrier.wait(v_full.index(last), tile // STAGES & 1)
+        for t in range(1, tiles):
+            acc, top, total, part, last, before, stage, phase = _step(
+                acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty,
+                last, before, stage, phase, scale, limit - t * N, t >= clear, HALF_INDEX, N, STAGES, PAIR, S_ACC,
+                O_ACC)  # fmt: skip
+        _fetch(query, Q, after, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
+        mbarrier.wait(v_full.index(last), before)
         fence_async_shared()
-        acc = warpgroup_mma(part, v_smem.index(last), acc)
+        mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
+        count, limit = _limits(gl.minimum(after, items - 1), WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len,
+                               HALF_INDEX, R, CAUSAL, PAIR, ROWS)  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=(mixed,))
         mbarrier.arrive(v_empty.index(last))
-        tile += 1
+        last, before = stage, phase
 
+        b, h, bh, g = _item(item, blocks, heads)
+        row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
         empty = top <= NO_KEY
         total = gl.where(empty, 1.0, total)
         inverse = gl.where(empty, 0.0, 1.0 / total)
@@ -302,7 +373,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, k_full, k_empty,
         dims = gl.arange(0, D, gl.SliceLayout(0, O_ACC))
         place = OUT + b.to(gl.int64) * sob + h.to(gl.int64) * soh + lines * son + dims[None, :]
         gl.store(place, out.to(dtype), mask=lines < q_len)
-        base = (base + count) & (RING - 1)
+        item = after
 
 
 @gluon.jit
@@ -310,8 +381,8 @@ def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
                   sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, slb, slh,
                   heads, group, q_len, k_len, width, blocks, lists, items, scale,
                   D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
-                  RING: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-                  LOADER_REGS: gl.constexpr):  # fmt: skip
+                  RING: gl.constexpr, QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr,
+                  CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
     """out, lse of every block of R rows; a persistent grid of at most one program per SM, `items` = B * H * blocks."""
     dtype: gl.constexpr = K.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], dtype)
@@ -323,23 +394,28 @@ def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    queued = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    members = gl.allocate_shared_memory(gl.int32, [2 * STAGES, N // 32], flat)
+    for i in gl.static_range(QUEUE):
+        mbarrier.init(queued.index(i), count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_full.index(i), count=129 if PAIR else 128)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=128)
         mbarrier.init(v_empty.index(i), count=2)
     scale = scale * 1.4426950408889634
     gl.warp_specialize(
         [
-            (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+            (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
                          Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
-                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, CAUSAL, PAIR)),
-            (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, QUEUE, CAUSAL, PAIR)),
+            (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
                          Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
-                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, CAUSAL, PAIR)),
-            (_loader, (k_smem, v_smem, k_full, k_empty, v_full, v_empty, K, V, WORDS, COUNTS, RINGS,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, QUEUE, CAUSAL, PAIR)),
+            (_loader, (k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
                        skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
-                       D, R, N, STAGES, SEG, RING, CAUSAL, PAIR)),
+                       D, R, N, STAGES, SEG, RING, QUEUE, CAUSAL, PAIR)),
         ],
         [4, 4],
         [CONSUMER_REGS, LOADER_REGS],

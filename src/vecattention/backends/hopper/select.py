@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 HALF = gl.constexpr(64)  # pooled rows of a consumer
-NONE = gl.constexpr(float("-inf"))
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # below every score but -inf, which is never kept
 
 
 @gluon.jit
@@ -96,16 +96,19 @@ def _candidates(row_start, key, k_len, P: gl.constexpr, CAUSAL: gl.constexpr, SI
 
 
 @gluon.jit
-def _finished(kept, scores, key, row_start, k_len, P: gl.constexpr, CAUSAL: gl.constexpr, SINK: gl.constexpr):
-    """What of ``kept`` are candidates, and the keys that are kept without a score; SINK: the first P are among them."""
-    kept = kept & (scores > float("-inf"))
-    if CAUSAL and SINK:
-        own = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_start[:, None] + P)
-        kept = kept | (((key < P)[None, :] | own) & (key < k_len)[None, :])
-    elif CAUSAL:
-        end = gl.minimum(row_start + P, k_len)
-        kept = kept | (key[None, :] >= row_start[:, None]) & (key[None, :] < end[:, None])
-    return kept
+def _below(n):
+    """int32 with the n lowest bits set; none for n < 0, all for n > 32."""
+    return gl.where(n >= 32, -1, (1 << (gl.maximum(n, 0) & 31)) - 1)
+
+
+@gluon.jit
+def _always(block, at, k_len, offset, P: gl.constexpr, SHARE: gl.constexpr, SINK: gl.constexpr):
+    """Words ``at`` of the keys that blocks keep without a score: their own, and, with SINK, the first P."""
+    start = (block * (SHARE * P) + offset)[:, None] - (at * 32)[None, :]
+    words = _below(start + SHARE * P) & ~_below(start)
+    if SINK:
+        words = words | _below(P - at * 32)[None, :]
+    return words & _below(k_len - at * 32)[None, :]
 
 
 @gluon.jit
@@ -120,25 +123,27 @@ def _start(high, low, k_smem, k_full, tile, more, N: gl.constexpr, STAGES: gl.co
 
 
 @gluon.jit
-def _cut(scores, top, first, window, B: gl.constexpr, N: gl.constexpr):
-    """(running maximum [64, N // B] of the windows, what it is after the last tile [64])."""
+def _cut(scores, top, fresh, B: gl.constexpr, N: gl.constexpr):
+    """(running maximum [64, N // B] of the windows, what it is after the tile [64]); ``fresh``: a window starts."""
     STEPS: gl.constexpr = 3 if N // B == 8 else (2 if N // B == 4 else (1 if N // B == 2 else 0))
     tops = _running(gl.max(gl.reshape(scores, (HALF, N // B, B)), 2), STEPS)
-    carry = gl.where(first % window == 0, float("-inf"), top)
+    carry = gl.where(fresh, float("-inf"), top)
     tops = gl.maximum(tops, gl.convert_layout(carry, gl.SliceLayout(1, tops.type.layout))[:, None])
     return tops, gl.convert_layout(gl.max(tops, 1), top.type.layout)
 
 
 @gluon.jit
-def _step(scores, top, first, hi, end, tile, high, low, k_smem, k_full, k_empty, words_base, width, blocks, first_block,
-          alpha, row_start, k_len, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
-          STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
+def _step(scores, top, into, tile, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+          first_block, alpha, row_start, k_len, offset, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr,
+          N: gl.constexpr, STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
           EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate.
 
     The keys of the tile before ``end``, where the rows' own keys end, are given back; a later one is waited for all the
-    same, so that the product that nobody reads does not meet a copy, and given back as it goes by.
+    same, so that the product that nobody reads does not meet a copy, and given back as it goes by. ``into``: how many
+    keys of its window lie before the tile.
     """
+    first = lo + tile * N
     ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
     key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
     if EDGE:
@@ -147,22 +152,22 @@ def _step(scores, top, first, hi, end, tile, high, low, k_smem, k_full, k_empty,
         top = gl.maximum(top, gl.max(scores, 1))
     else:
         if ROW_SCOPE:
-            kept = scores + alpha >= top[:, None]
+            kept = scores >= gl.maximum(top - alpha, LOWEST)[:, None]
         else:
-            tops, top = _cut(scores, top, first, window, B, N)
-            passes = gl.reshape(scores, (HALF, N // B, B)) + alpha >= tops[:, :, None]
+            tops, top = _cut(scores, top, into == 0, B, N)
+            passes = gl.reshape(scores, (HALF, N // B, B)) >= gl.maximum(tops - alpha, LOWEST)[:, :, None]
             kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
-        if EDGE:
-            kept = _finished(kept, scores, key, row_start, k_len, P, CAUSAL, SINK)
         words = _words(kept, N, SHARE)
         block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
         at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, words.type.layout))
+        if EDGE and CAUSAL:
+            words = words | _always(block, at, k_len, offset, P, SHARE, SINK)
         place = words_base + ((block.to(gl.int64) * width)[:, None] + at[None, :])
         gl.store(place, words, mask=(block < blocks)[:, None] & (at < width)[None, :])
     # Waited for here, not in the next round: scores in flight must not be carried around a loop.
     scores = warpgroup_mma_wait(0, deps=(ahead,))
     mbarrier.arrive(k_empty.index((tile + 1) % STAGES), pred=first + N < end)
-    return scores, top
+    return scores, top, gl.where(into + N == window, 0, into + N)
 
 
 @gluon.jit
@@ -200,25 +205,31 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     sink = gl.minimum(1, tiles) if lo < P and CAUSAL else 0
     border = gl.minimum(first_row * P + offset, k_len) if CAUSAL else k_len
     clear = gl.minimum(gl.maximum((border - lo) // N, sink), tiles)
+    clear = sink + (clear - sink) // 2 * 2  # two at a time, so that scores stay in the registers where they arrive
+    into = 0
     if tiles > 0:
         ahead = _start(high, low, k_smem, k_full, 0, True, N, STAGES, ACC)
         scores = warpgroup_mma_wait(0, deps=(ahead,))
         mbarrier.arrive(k_empty.index(0))
         for t in range(0, sink):
-            scores, top = _step(
-                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
-                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
-                True, ACC)  # fmt: skip
-        for t in range(sink, clear):
-            scores, top = _step(
-                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
-                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, False,
-                False, ACC)  # fmt: skip
+            scores, top, into = _step(
+                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
+                MAXIMA, True, True, ACC)  # fmt: skip
+        for t in range(sink, clear, 2):
+            scores, top, into = _step(
+                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
+                MAXIMA, False, False, ACC)  # fmt: skip
+            scores, top, into = _step(
+                scores, top, into, t + 1, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
+                MAXIMA, False, False, ACC)  # fmt: skip
         for t in range(clear, tiles):
-            scores, top = _step(
-                scores, top, lo + t * N, hi, end, t, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
-                first_block, alpha, row_start, k_len, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, True,
-                False, ACC)  # fmt: skip
+            scores, top, into = _step(
+                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
+                MAXIMA, True, False, ACC)  # fmt: skip
     for t in range(tiles, all_tiles):
         mbarrier.wait(k_full.index(t % STAGES), t // STAGES & 1)
         barrier()  # so that no warp of the four is a whole round behind

@@ -54,6 +54,30 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+STATE = ("clocks.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.sw_power_cap")
+"""What `gpu_state` asks nvidia-smi for."""
+
+
+def gpu_state() -> dict[str, float | bool] | None:
+    """What the first GPU is doing just now: its clock, its power and whether that holds the clock down; None without.
+
+    Keys: sm_mhz, power_w, power_limit_w, temperature_c, power_capped. What the driver does not tell is left out.
+    """
+    command = ("nvidia-smi", "-i", "0", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits")
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found: dict[str, float | bool] = {}
+    names = ("sm_mhz", "power_w", "power_limit_w", "temperature_c", "power_capped")
+    for name, value in zip(names, (x.strip() for x in told.split(",")), strict=False):
+        if name == "power_capped" and value in ("Active", "Not Active"):
+            found[name] = value == "Active"
+        elif name != "power_capped" and value.replace(".", "", 1).isdigit():
+            found[name] = float(value)
+    return found
+
+
 def facts() -> dict[str, Any]:
     """All of it, JSON-ready: what a record of a measurement holds about where it was made."""
     return {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vecattention
-from vecattention import cli
+from vecattention import cli, machine
 from vecattention.bench import figures, record, tune
 from vecattention.bench.cases import CASES, Case, Source, case_of, lists
 from vecattention.bench.exact import error_of
@@ -124,3 +124,16 @@ def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
         inspect.signature(step.func).bind(*step.args, **step.keywords)  # type: ignore[attr-defined]
     keys = [json.dumps(key, sort_keys=True) for key, _ in steps]
     assert len(set(keys)) == len(keys) - 2, "dense of two cases is asked for by two parts, and measured once"
+
+
+def test_the_state_of_a_gpu_is_what_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '1605, 696.48, 700.00, 64, Active'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    full = {"sm_mhz": 1605.0, "power_w": 696.48, "power_limit_w": 700.0, "temperature_c": 64.0, "power_capped": True}
+    assert machine.gpu_state() == full
+    tool.write_text("#!/bin/sh\necho '1605, [N/A], 700.00, 64, [N/A]'\n")
+    assert machine.gpu_state() == {"sm_mhz": 1605.0, "power_limit_w": 700.0, "temperature_c": 64.0}
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.gpu_state() is None

@@ -13,7 +13,7 @@ import torch
 
 import vecattention
 from vecattention import cli, methods, profile
-from vecattention.bench import figures, peers, record, report, studies, tune
+from vecattention.bench import figures, peers, record, report, studies, timer, tune
 from vecattention.bench.cases import CASES, Case, Source, lists
 from vecattention.bench.exact import error_of
 from vecattention.recall import recall
@@ -161,18 +161,26 @@ def test_crossover_steps_run(tmp_path: Path) -> None:
 
 
 def test_launch_shapes_that_gain_are_kept() -> None:
-    def row(kernel: str, case: str, ms: float, **fields: int) -> record.Record:
+    def row(kernel: str, case: str, ratio: float, **fields: int) -> record.Record:
         machine = {"gpu": "Other" if case == "z" else "Mine"}
-        return {"study": "tune", "kernel": kernel, "case": case, "fields": fields, "ms": ms, "machine": machine}
+        return {"study": "tune", "kernel": kernel, "case": case, "fields": fields, "ratio": ratio, "machine": machine}
 
     found = [
-        row("a", "x", 2.0), row("a", "y", 2.0), row("a", "x", 1.0, step=32), row("a", "y", 2.5, step=32),
-        row("a", "x", 0.5, step=64), {**row("a", "y", 0.1, step=64), "failed": "no"},
+        row("a", "x", 1.0), row("a", "y", 1.01), row("a", "x", 0.5, step=32), row("a", "y", 1.25, step=32),
+        row("a", "x", 0.2, step=64), {**row("a", "y", 0.1, step=64), "failed": "no"},
         row("a", "x", 0.1, step=16), row("a", "x", 0.1, step=16),
-        row("b", "x", 1.0), row("b", "x", 0.995, step=32), row("c", "z", 1.0), row("c", "z", 0.1, step=32),
+        row("b", "x", 1.0), row("b", "x", 0.985, step=32), row("c", "z", 1.0), row("c", "z", 0.1, step=32),
     ]  # fmt: skip
     made = tune.profile_of("Mine", found, "here")
-    assert made.shapes == {"a": {"step": 32}}, "the sum over cases counts, a gain of a percent or more, and this GPU"
+    assert made.shapes == {"a": {"step": 32}}, "the mean over cases counts, a gain of 2 percent or more, and this GPU"
+
+
+def test_two_calls_are_compared_in_turns() -> None:
+    long, short = torch.randn(2**18), torch.randn(2**12)
+    time, ratio = timer.compare(lambda: long.cos(), lambda: short.cos(), 20.0, "cpu")
+    assert ratio > 5 and time.low <= time.median <= time.high
+    _, same = timer.compare(lambda: long.cos(), lambda: long.cos(), 20.0, "cpu")
+    assert 0.5 < same < 2
 
 
 def test_what_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ def speed_ups(records: Sequence[Record]) -> list[Record]:
 
 
 def shares(records: Sequence[Record]) -> list[Record]:
-    """Selection beside the best dense kernel: its share of the dense time."""
+    """Selection, as a CUDA graph where it was one, beside the best dense kernel: its share of the dense time."""
     dense = best_dense(records)
     return [
         {
-            "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"], "ms": r["ms"],
-            "share": r["ms"] / dense[r["case"]]["ms"],
+            "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"],
+            "ms": r.get("ms_graph", r["ms"]), "share": r.get("ms_graph", r["ms"]) / dense[r["case"]]["ms"],
         }
         for r in records
         if r.get("study") == "selection" and r["case"] in dense

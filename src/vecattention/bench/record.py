@@ -63,8 +63,10 @@ def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record
             if done:
                 yield from done
                 continue
-            for record in _as_list(_safe(step)):
-                full = {"key": key, **record, "schema": SCHEMA, "made": _time(), "machine": where}
+            found = _as_list(_safe(step))
+            state = {"gpu_state": machine.gpu_state()} if where["gpu"] else {}  # while it is as the step left it
+            for record in found:
+                full = {"key": key, **record, **state, "schema": SCHEMA, "made": _time(), "machine": where}
                 file.write(json.dumps(full) + "\n")
                 file.flush()
                 if not now and "failed" not in full:

@@ -21,7 +21,9 @@ def line(record: Record) -> str:
     if "select_ms" in record:
         parts.append(f"selection {record['select_ms']:.3f} ms, recall {record['recall']:.3f}")
     if "ms_graph" in record:
-        parts.append(f"graph {record['ms_graph']:.3f} ms, extra {record['extra_mib']} MiB")
+        parts.append(f"graph {record['ms_graph']:.3f} ms")
+    if "extra_mib" in record:
+        parts.append(f"extra {record['extra_mib']} MiB")
     if "error" in record:
         parts.append(f"error {record['error']:.1e} (torch {record['error_torch']:.1e})")
     if record.get("repeats_equal") is False:

@@ -48,6 +48,23 @@ def measure(call: Callable[[], object], budget_ms: float = 150.0, device: str = 
     return Timing(times[GROUPS // 2], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS)
 
 
+def compare(call: Callable[[], object], other: Callable[[], object], budget_ms: float = 300.0,
+            device: str = "cuda") -> tuple[Timing, float]:  # fmt: skip
+    """(time of a call, median of its time over that of another one).
+
+    Groups of the two alternate, so that a clock that sinks as the device gets warm does not favour either.
+    """
+    group = _queued if device.startswith("cuda") else _clocked
+    for made in (call, other):
+        made(), made()
+    once = group(call, 3) + group(other, 3)
+    each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
+    pairs = [(group(call, each), group(other, each)) for _ in range(GROUPS)]
+    times, ratios = sorted(a for a, _ in pairs), sorted(a / b for a, b in pairs)
+    middle = GROUPS // 2
+    return Timing(times[middle], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS), ratios[middle]
+
+
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """The call as a CUDA graph: one launch, whatever the host does in between."""
     side = torch.cuda.Stream()

@@ -27,7 +27,7 @@ from vecattention.bench.cases import Case, Source, lists
 from vecattention.bench.exact import error_of
 from vecattention.bench.record import Record, Step
 from vecattention.bench.report import WRONG
-from vecattention.bench.timer import measure
+from vecattention.bench.timer import compare
 from vecattention.ops import rule_of
 from vecattention.profile import Crossover, Profile
 
@@ -46,7 +46,7 @@ SLOWER = 1.02
 NEAR = 1.1
 """Within which factor of the density asked for a call has to be, to tell a crossover."""
 
-GAIN = 0.99
+GAIN = 0.98
 """A candidate has to take less than this share of the default's time to be preferred to it."""
 
 HOPPER_ATTEND = tuple(
@@ -72,7 +72,7 @@ class Kernel:
     Attributes:
         name: in the profile, such as "hopper.attend_causal".
         block: query rows that share a list.
-        candidates: fields of launch shapes; the default is always tried, too.
+        candidates: fields of launch shapes, each timed beside the default.
     """
 
     name: str
@@ -139,15 +139,17 @@ def _once(asked: tuple[Source, Kernel, dict[str, int]]) -> None:
 
 
 def trial(source: Source, kernel: Kernel, fields: dict[str, int]) -> Record:
-    """Time of a kernel in a launch shape, once its result is right; a record with ``failed`` where it is not to be had.
+    """Time of a kernel in a launch shape, and its share of the default's, once its result is right.
 
-    ``fields`` are those in which the shape differs from the default.
+    A record with ``failed`` where it is not to be had. ``fields``: in what the shape differs from the default.
     """
     record: Record = {"study": "tune", "kernel": kernel.name, "case": source.case.name, "fields": fields}
-    right, call = (_select if kernel.selects else _attend)(source, kernel, fields)
+    make = _select if kernel.selects else _attend
+    right, call = make(source, kernel, fields)
     if not right:
         return record | {"failed": WRONG}
-    return record | measure(call, device=source.device).record()
+    time, ratio = compare(call, make(source, kernel, {})[1], device=source.device)
+    return record | time.record() | {"ratio": round(ratio, 4)}
 
 
 def profile_of(gpu: str | None, records: Iterable[Record], source: str) -> Profile:
@@ -157,19 +159,19 @@ def profile_of(gpu: str | None, records: Iterable[Record], source: str) -> Profi
 
 
 def shapes(records: Sequence[Record]) -> dict[str, dict[str, int]]:
-    """Fields by kernel of those launch shapes that beat the default; where a kernel ran on several cases, summed up."""
-    times: dict[str, dict[tuple[tuple[str, int], ...], dict[str, float]]] = {}
+    """Fields by kernel of those launch shapes that beat the default; where it ran on several cases, on average."""
+    ratios: dict[str, dict[tuple[tuple[str, int], ...], dict[str, float]]] = {}
     for r in records:
         if r.get("study") == "tune" and "failed" not in r:
-            times.setdefault(r["kernel"], {}).setdefault(tuple(r["fields"].items()), {})[r["case"]] = r["ms"]
+            ratios.setdefault(r["kernel"], {}).setdefault(tuple(r["fields"].items()), {})[r["case"]] = r["ratio"]
     found = {}
-    for kernel, by_fields in times.items():
-        if () not in by_fields:
-            continue
-        cases = set(by_fields[()])
-        everywhere = {fields: sum(ms.values()) for fields, ms in by_fields.items() if set(ms) == cases}
-        best = min(everywhere, key=lambda fields: everywhere[fields])
-        if everywhere[best] < GAIN * everywhere[()]:
+    for kernel, by_fields in ratios.items():
+        cases = {case for by_case in by_fields.values() for case in by_case}
+        everywhere = {
+            fields: sum(by_case.values()) / len(cases) for fields, by_case in by_fields.items() if set(by_case) == cases
+        }
+        best = min(everywhere, key=lambda fields: everywhere[fields], default=())
+        if best and everywhere[best] < GAIN:
             found[kernel] = dict(best)
     return found
 

@@ -14,7 +14,7 @@ BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto"
 POOLED_ROWS = 128
 HOPPER_ROWS = 128
 HINT = (
-    "lists for 128 rows (q_block_size=128) run 1.5 to 2.8 times as fast for each pair: docs/decisions/pool-and-share.md"
+    "lists for 128 rows (q_block_size=128) run 1.2 to 2 times as fast for each pair: docs/decisions/pool-and-share.md"
 )
 WORKSPACE = {"cpu": 8 * 2**20, "cuda": 40 * 2**20}  # bytes of bits that a chunk of queries may hold
 

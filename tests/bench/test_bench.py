@@ -18,7 +18,7 @@ from vecattention.bench import figures, record, tune
 from vecattention.bench.cases import CASES, Case, Source, case_of, lists
 from vecattention.bench.exact import error_of
 
-RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100-2026-11-24.jsonl"
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-2026-11-24.jsonl"
 SMALL = Case("small", 4, 2, 300, 333, True, head_dim=32)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from vecattention.atomic import replacing
 
 Record = dict[str, Any]
+MOST = 300  # percent of the dense time at which a bar is cut off
 INK, QUIET, COLOURS = "#1b1f24", "#8a94a0", ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
 
 
@@ -160,11 +161,12 @@ def _lengths(axes: Any, records: Sequence[Record]) -> None:
         axes.plot(lengths, [dense[f"{kind}-{n}"]["ms"] for n in lengths], color=INK, ls=style, marker=".",
                   label=f"dense, {kind}")  # fmt: skip
         mine = [r for r in records if _crosses(r) and r["case"].startswith(f"{kind}-")]
+        mine = [r for r in mine if r["block"] == max(r["block"] for r in mine)]
         for i, density in enumerate(sorted({r["asked"] for r in mine})):
             points = sorted((int(r["case"].split("-")[1]), r["ms"]) for r in mine if r["asked"] == density)
             xs, ys = zip(*points, strict=True)
             axes.plot(xs, ys, color=COLOURS[i % 4], ls=style, marker=".", label=f"{100 * density:g} %, {kind}")
-    axes.set(title="whole call against length", xlabel="keys", ylabel="ms", yscale="log")
+    axes.set(title="whole call against length, the widest lists", xlabel="keys", ylabel="ms", yscale="log")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=7, frameon=False)
     _plain(axes)
@@ -178,10 +180,13 @@ def _methods(axes: Any, records: Sequence[Record]) -> None:
         select, attend = (100 * r[name] / whole for name in ("select_ms", "attend_ms"))
         axes.barh(i, select, color=COLOURS[1], label="selection" if not i else None)
         axes.barh(i, attend, left=select, color=COLOURS[0], label="attention" if not i else None)
+        if select + attend > MOST:
+            axes.text(MOST, i, f"{select + attend:.0f} % ", ha="right", va="center", color="white", fontsize=7)
     said = [f"{r['method']}, {r['case']}\nrecall {r['recall']:.2f}, {100 * r['density']:.0f} %" for r in rows]
     axes.set_yticks(range(len(rows)), said, fontsize=7)
     axes.axvline(100, color=QUIET, lw=0.8)
     axes.set(title="methods at equal recall", xlabel="% of the best dense kernel")
+    axes.set_xlim(0, min(MOST, axes.get_xlim()[1]))
     axes.invert_yaxis()
     axes.legend(fontsize=8, frameon=False)
     _plain(axes)

@@ -92,6 +92,9 @@ def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["report", str(RECORDS), "--png", str(tmp_path / "p.png"), "--markdown"]) == 0
     said = capsys.readouterr().out
     assert "| hunyuanvideo-720p | 64 128 window | 38.0 % |" in said and "picture in" in said
+    assert "| causal-8192 | 128 | 50 % | 0.927 | 0.689 | 1.35x | 1.53x |" in said
+    assert cli.main(["report", str(RECORDS.with_name("h100-variants-2026-11-24.jsonl")), "--markdown"]) == 0
+    assert "| and keys a tile ahead (chosen) | no | 529 |" in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -50,6 +50,17 @@ def shares(records: Sequence[Record]) -> list[Record]:
     ]  # fmt: skip
 
 
+def lengths(records: Sequence[Record]) -> list[Record]:
+    """Whole calls of growing length beside the best dense kernel: their ratios called one by one, and as a graph."""
+    dense = best_dense(records)
+    return [
+        {**r, "dense_ms": dense[r["case"]]["ms"], "ratio": dense[r["case"]]["ms"] / r["ms"],
+         "ratio_graph": dense[r["case"]]["ms"] / r["ms_graph"]}
+        for r in records
+        if _crosses(r) and r["case"] in dense
+    ]  # fmt: skip
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
     """The picture of a record file, a panel for each kind of records in it."""
     import matplotlib

@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         for r in figures.shares(found)
     ]
     _table("selection", ["case", "P R scope", "ms", "of dense"], chosen, args.markdown)
+    grown = [
+        [r["case"], str(r["block"]), f"{100 * r['density']:.0f} %", f"{r['dense_ms']:.3f}", f"{r['ms']:.3f}",
+         f"{r['ratio']:.2f}x", f"{r['ratio_graph']:.2f}x"]
+        for r in figures.lengths(found)
+    ]  # fmt: skip
+    _table("lengths", ["case", "R", "density", "dense ms", "ms", "faster", "as a graph"], grown, args.markdown)
     ways = [
         [r["case"], r["method"], f"{r['recall']:.3f}", f"{100 * r['density']:.1f} %", f"{r['select_ms']:.3f}",
          f"{r['attend_ms']:.3f}", f"{r['ratio']:.2f}x"]
@@ -66,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
         for r in found if r["study"] == "attention"
     ]  # fmt: skip
     _table("attend", ["case", "R", "lists", "density", "backend", "ms", "TFLOP/s", "error"], rates, args.markdown)
+    tried = [
+        [r["case"], str(r["block"]), r["lists"], f"{100 * r['density']:.0f} %", r["variant"],
+         {True: "yes", False: "no", None: ""}[r["turns"]], f"{r['tflops']:.0f}"]
+        for r in found if r["study"] == "variants"
+    ]  # fmt: skip
+    _table("variants", ["case", "R", "lists", "density", "variant", "in turns", "TFLOP/s"], tried, args.markdown)
     if args.png:
         args.png.parent.mkdir(parents=True, exist_ok=True)
         figures.draw(found, args.png)

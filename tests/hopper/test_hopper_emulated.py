@@ -214,3 +214,59 @@ def test_the_emulator_sees_what_a_kernel_does_wrong(name: str, tmp_path: Path, m
         return
     differ = int(bits.popcount(found ^ law).sum())
     assert differ <= 2 if name == "nothing" else differ > 2
+
+
+ATTEND_MUTANTS = {
+    "nothing": ("@gluon.jit\ndef _loader", "@gluon.jit\ndef _loader"),  # the control: it must be right
+    "values are not waited for": ("    mbarrier.wait(v_full.index(last), before)\n    fence", "    fence"),
+    "values are those of the keys ahead": (
+        "gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)\n                    async",
+        "here & 0x3FFFFFFF if PAIR else here, svn, D, N)\n                    async",
+    ),
+    "keys are given back before their product is there": (
+        "    logits, left, words = warpgroup_mma_wait(1, deps=(ahead, left, words))\n"
+        "    mbarrier.arrive(k_empty.index(stage))\n",
+        "    mbarrier.arrive(k_empty.index(stage))\n"
+        "    logits, left, words = warpgroup_mma_wait(1, deps=(ahead, left, words))\n",
+    ),
+    "values are never given back": (
+        "    acc = warpgroup_mma_wait(0, deps=(mixed,))\n    mbarrier.arrive(v_empty.index(last))\n    acc",
+        "    acc = warpgroup_mma_wait(0, deps=(mixed,))\n    acc",
+    ),
+    "a phase is taken for the other": ("gl.where(wraps, phase ^ 1, phase)", "phase"),
+    "a tile too few is masked": ("clear = gl.maximum(tiles - MASKED, 1)", "clear = gl.maximum(tiles - MASKED + 1, 1)"),
+    "limits of the item before": ("_limits(gl.minimum(after, items - 1),", "_limits(item,"),
+    "a consumer takes the other list's bits": (
+        "words = _listed(members, 2 * stage + HALF_INDEX,",
+        "words = _listed(members, 2 * stage + 1 - HALF_INDEX,",
+    ),
+    "queries of the item before": ("        _fetch(query, Q, after, items,", "        _fetch(query, Q, item, items,"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTEND_MUTANTS)
+def test_the_emulator_sees_what_the_attention_does_wrong(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = ATTEND_MUTANTS[name]
+    source = (FOLDER / "attend.py").read_text()
+    assert source.count(before) == 1, "the kernel has changed; so must this test"
+    (tmp_path / "mutant.py").write_text(source.replace(before, after))
+    kernel = gluon_emulator.load(tmp_path / "mutant.py").attend_kernel
+    monkeypatch.setattr(launch, "attend_kernel", gluon_emulator.Kernel(kernel))
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 60.0 if name == "nothing" else 5.0)
+    monkeypatch.setattr(gluon_emulator, "SLOW", 0.002)
+    query, key, value = tensors(2, 1, 400, 500)
+    generator = torch.Generator().manual_seed(1)
+    for block in (64, 128):
+        kept = torch.rand(1, 2, -(-400 // block), 500, generator=generator) < 0.5
+        selection = spec.Selection(bits.pack(kept), 400, 500, block, True)
+        out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+        shape = launch.AttendShape(step=64, stages=2, programs=3)
+        try:
+            launch.attend(query, key, value, selection, 0.125, out, lse, shape)
+            Exact.of(query, key, value, selection.mask(), 0.125).check(out, lse)
+        except (RuntimeError, IndexError, AssertionError):
+            assert name != "nothing"
+            return
+    assert name == "nothing", "nobody saw it"

@@ -179,6 +179,18 @@ def test_slabs_change_nothing(tensors: tuple[Tensor, Tensor, Tensor], monkeypatc
         assert (whole - small).abs().sum() <= whole.sum() * 1e-4  # a score can round into the next bin
 
 
+def test_a_row_without_scores_takes_no_mass_from_its_block(tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One pooled row of four that share a list is NaN; the mass of the others stays, each a unit of 2^30."""
+    query, key, _ = tensors
+    query = query.clone()
+    query[0, 0, 40] = torch.nan
+    for causal in (True, False):
+        taken = targets.histogram(query, key, "coverage", Rule(32, 128, 16, 16, "row", causal, 32**-0.5)).sum(-1)
+        rows = torch.full((2, 4), 29.0)
+        rows[0, 0] = 28
+        torch.testing.assert_close(taken / targets.UNIT, rows, rtol=1e-6, atol=0, check_dtype=False)
+
+
 def test_one_operator_with_known_shapes(tensors: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value = tensors
 

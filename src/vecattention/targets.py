@@ -12,9 +12,9 @@ one for larger. Bins are taken from the smallest gap on until what is kept reach
     coverage c:  the same with pairs weighed by their softmax mass, mean over pooled rows  >=  c
 
 and alpha is the upper edge of the last bin taken, so the target is met within one bin. The mass of key j for pooled row
-r is softmax_j s[r, j] over the keys that the block's rows may see, in units of 2^-30. When what is kept anyway reaches
-the target, no other key is taken. A number is a target for all heads of a batch element together, under one alpha; a
-tensor of shape [H] or [B, H] is a target for each head.
+r is softmax_j s[r, j] over the keys that the block's rows may see; that of (g, j), their sum over r, is rounded to
+units of 2^-30. When what is kept anyway reaches the target, no other key is taken. A number is a target for all heads
+of a batch element together, under one alpha; a tensor of shape [H] or [B, H] is a target for each head.
 
 Integer sums make the result independent of the order of summation; nothing is read back to the host.
 """
@@ -34,7 +34,7 @@ LOWEST, HIGHEST = (127 - 10) << 9, (127 + 7) << 9  # bin numbers of 2^-10 and 2^
 BINS = HIGHEST - LOWEST + 2
 UNIT = 2.0**30
 SLABS = {"cpu": 2**22, "cuda": 2**24}  # scores held at once
-KEYS = 4096  # keys made wide at once
+KEYS = 2**14  # keys made wide at once
 
 
 def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.Rule) -> Tensor:
@@ -78,13 +78,13 @@ def cut_off(taken: Tensor, target: Tensor, kind: str, pairs: int) -> Tensor:
 
 
 def bin_of(gap: Tensor) -> Tensor:
-    """int64: the bin of float32 gaps >= 0.
+    """int32: the bin of float32 gaps >= 0.
 
     >>> bin_of(torch.tensor([0.0, 2.0**-10, 1.0, 1.0 + 2**-9, 500.0])).tolist()
     [0, 1, 5121, 5122, 8705]
     """
     number = gap.contiguous().view(torch.int32) >> SHIFT
-    return (number.long() - LOWEST + 1).clamp(0, BINS - 1)
+    return number.sub_(LOWEST - 1).clamp_(0, BINS - 1)
 
 
 def upper_edge(number: Tensor) -> Tensor:
@@ -118,27 +118,31 @@ def histogram(query: Tensor, key: Tensor, kind: str, rule: spec.Rule) -> Tensor:
 
 
 def _slab(rows: Tensor, key: Tensor, first: int, q_len: int, kind: str, rule: spec.Rule) -> tuple[Tensor, Tensor]:
-    """Entry of the histogram and weight of each block and key, int64 [G, blocks, Sk]; rows [1, G, n, D]."""
+    """Entry of the histogram, int32, and weight, int64, of each block and key, [G, blocks, Sk]; rows [1, G, n, D].
+
+    The scores are the one full-size tensor that lasts: masks and gaps are written over them.
+    """
     k_len, pool = key.shape[0], rule.q_pooling_size
     score = _scores(reference.pooled_queries(rows, pool)[0].mul_(rule.scale), key)
-    score.masked_fill_(score.isnan(), -torch.inf)  # like -inf, no candidate's score
-    position = torch.arange(k_len, device=key.device)
-    start = torch.arange(score.shape[1], device=key.device)[:, None] * pool + first
-    seen = torch.ones_like(score[0], dtype=torch.bool)
-    forced, candidate = ~seen, seen
+    score.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # like -inf, no candidate's score
     if rule.causal:
-        start = start + (k_len - q_len)
-        seen = position < start + pool
-        candidate = (position >= pool) & (position < start)
-        forced = (position < pool) | ((position >= start) & seen)
-    choice = score.masked_fill(~candidate, -torch.inf)
-    gap = (reference.cut_off(choice, rule) - choice).float().masked_fill_(choice == -torch.inf, torch.inf)
-    gap = _blocks(gap.masked_fill_(forced, -1.0), rule, torch.inf).amin(2)
-    place = torch.where(gap < 0, 0, bin_of(gap.clamp(min=0)) + 1)
+        position = torch.arange(k_len, device=key.device)
+        start = torch.arange(score.shape[1], device=key.device)[:, None] * pool + first + k_len - q_len
+        seen, candidate = position < start + pool, (position >= pool) & (position < start)
+        score.masked_fill_(~seen, -torch.inf)
     if kind == "density":
-        return place, _pairs(first, rows.shape[2], q_len, k_len, rule, key.device).expand_as(place)
-    mass = torch.softmax(score.masked_fill(~seen, -torch.inf), -1).nan_to_num_(0.0)
-    return place, _blocks((mass * UNIT).round_().long(), rule, 0).sum(2)
+        weight = _pairs(first, rows.shape[2], q_len, k_len, rule, key.device).expand(len(score), -1, -1)
+    else:  # a row without any score has a softmax of NaN, and no mass
+        weight = _blocks(torch.softmax(score, -1), rule, 0).nansum(2).mul_(UNIT).round_().long()
+    if rule.causal:
+        score.masked_fill_(~candidate, -torch.inf)
+    top = reference.cut_off(score, rule).clamp_(min=torch.finfo(score.dtype).min)
+    gap = torch.sub(top, score, out=score).float()
+    if rule.causal:
+        gap.masked_fill_(seen & ~candidate, -1.0)
+    gap = _blocks(gap, rule, torch.inf).amin(2)
+    place = bin_of(gap).add_(1)
+    return place.masked_fill_(gap < 0, 0) if rule.causal else place, weight
 
 
 def _scores(pooled: Tensor, key: Tensor) -> Tensor:
@@ -146,14 +150,15 @@ def _scores(pooled: Tensor, key: Tensor) -> Tensor:
     score = pooled.new_empty(*pooled.shape[:2], key.shape[0])
     for first in range(0, key.shape[0], KEYS):
         keys = slice(first, first + KEYS)
-        score[..., keys] = pooled @ key[keys].to(pooled.dtype).mT
+        torch.mm(pooled.flatten(0, 1), key[keys].to(pooled.dtype).mT, out=score.flatten(0, 1)[:, keys])
     return score
 
 
 def _blocks(x: Tensor, rule: spec.Rule, fill: float) -> Tensor:
-    """[G, pooled rows, Sk] -> [G, blocks, R / P, Sk]."""
-    share = rule.rows_per_block
-    return torch.unflatten(F.pad(x, (0, 0, 0, -x.shape[1] % share), value=fill), 1, (-1, share))
+    """[G, pooled rows, Sk] -> [G, blocks, R / P, Sk], a view where the rows fill their blocks."""
+    missing = -x.shape[1] % rule.rows_per_block
+    whole = F.pad(x, (0, 0, 0, missing), value=fill) if missing else x
+    return torch.unflatten(whole, 1, (-1, rule.rows_per_block))
 
 
 def _pairs(first: int, count: int, q_len: int, k_len: int, rule: spec.Rule, device: torch.device) -> Tensor:
@@ -168,8 +173,9 @@ def _pairs(first: int, count: int, q_len: int, k_len: int, rule: spec.Rule, devi
 
 def _add(found: Tensor, place: Tensor, weight: Tensor) -> None:
     """Add the weights [G, blocks, Sk] at their entries of found [G, 1 + BINS]."""
+    place, weight = place.flatten(1).long(), weight.flatten(1)
     if found.device.type == "cpu":  # several times faster there than a scatter; sums stay below 2^53, so they are exact
         for line, at, amount in zip(found, place, weight, strict=True):
-            line += torch.bincount(at.flatten(), amount.flatten().double(), 1 + BINS).long()
+            line += torch.bincount(at, amount.double(), 1 + BINS).long()
         return
-    found.scatter_add_(1, place.flatten(1), weight.flatten(1))
+    found.scatter_add_(1, place, weight)

@@ -188,7 +188,7 @@ def test_a_target_is_looked_for_on_some_lists_of_a_long_sequence(kind: str, monk
 
     make, generate = MAKERS[kind]
     rows, plain = [], targets.histogram
-    monkeypatch.setattr(processors, "SAMPLE", 3)
+    monkeypatch.setitem(processors.SAMPLE, "coverage", 3)
     monkeypatch.setattr(targets, "histogram", lambda query, *more: rows.append(query.shape[2]) or plain(query, *more))
     pipe = make()
     with vecattention.apply(pipe, dense_steps=1, q_block_size=16) as run:

@@ -30,8 +30,11 @@ from vecattention.integrations.settings import Settings
 
 GRAD = "gradients are being recorded, and sparse attention has none; call under torch.no_grad()"
 MASKED = "the call has an attention mask, which this model's self-attention never has"
-SAMPLE = 64
-"""Blocks of queries on which a coverage or a density is looked for: a pass over all would cost as much as attention."""
+SAMPLE = {"coverage": 16, "density": 64}
+"""Blocks of queries on which a target is looked for: a pass over all would cost as much as attention.
+
+A density needs more of them to be met as nearly (docs/decisions/video-defaults.md has the figures).
+"""
 
 SHORT = "the sequence has fewer than min_length={0} keys"
 
@@ -165,7 +168,7 @@ class SparseProcessor(nn.Module):
         settings = way.settings
         out, _, kept = parallel_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=groups,
-            order=orders.order, causal=False, chunk_size=settings.chunk_size, sample=SAMPLE,
+            order=orders.order, causal=False, chunk_size=settings.chunk_size, sample=SAMPLE.get(way.kind, 0),
             backend=settings.backend, **{way.kind: orders.limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         return out.transpose(1, 2), kept.sum(0)
@@ -272,7 +275,7 @@ class HunyuanVideoProcessor(SparseProcessor):
         settings = way.settings
         out, _, kept = parallel_attention(
             query[:, :video].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), groups=Groups(),
-            causal=False, chunk_size=settings.chunk_size, backend=settings.backend, sample=SAMPLE,
+            causal=False, chunk_size=settings.chunk_size, backend=settings.backend, sample=SAMPLE.get(way.kind, 0),
             **{way.kind: limit.to(query.device)}, **settings.rule,
         )  # fmt: skip
         shown = out.transpose(1, 2)

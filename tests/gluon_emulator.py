@@ -6,6 +6,7 @@ products that are done when they are waited for. What a kernel must not do fails
 buffer was given back (its values are NaN by then), a product used before it was waited for (RuntimeError).
 
 What it does not imitate: layouts, registers, the order of memory between threads of one role, rounding in a product.
+Programs run one after another, not side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 PATIENCE = 60.0  # seconds that a role may wait
-SLOW = 0.0  # seconds that a product takes
+SLOW = 0.0  # seconds that a product, a copy or an arrival takes
 THREADS = 128  # of a role
 
 
@@ -359,7 +360,7 @@ class _BarrierLayout(_Layout):
 def _shared(dtype: torch.dtype, shape: Sequence[int], layout: _Layout) -> Any:
     if isinstance(layout, _BarrierLayout):
         return Barriers(int(shape[0]))
-    poison = torch.nan if dtype.is_floating_point else -1
+    poison = torch.nan if dtype.is_floating_point else 0x5A5A5A5A
     return Shared(torch.full([int(n) for n in shape], poison, dtype=dtype))
 
 
@@ -397,11 +398,12 @@ def load(path: Path) -> ModuleType:
     gluon.__dict__.update(jit=lambda call: call, language=gl)
     mbarrier = SimpleNamespace(
         init=_init, wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
-        arrive=lambda barrier, pred=True: barrier.arrive(1) if pred else None, MBarrierLayout=_BarrierLayout,
+        arrive=lambda barrier, pred=True: (barrier.arrive(1), time.sleep(SLOW)) if pred else None,
+        MBarrierLayout=_BarrierLayout,
     )  # fmt: skip
     copies = SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda left: _arrived(),
-        mbarrier_arrive=lambda barrier, increment_count: (_arrived(), barrier.arrive(THREADS)),
+        mbarrier_arrive=lambda barrier, increment_count: (time.sleep(SLOW), _arrived(), barrier.arrive(THREADS)),
     )  # fmt: skip
     hopper = {
         "fence_async_shared": lambda: None, "mbarrier": mbarrier, "warpgroup_mma": _product,

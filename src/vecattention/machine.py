@@ -59,11 +59,15 @@ STATE = ("clocks.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_ev
 
 
 def gpu_state() -> dict[str, float | bool] | None:
-    """What the first GPU is doing just now: its clock, its power and whether that holds the clock down; None without.
+    """What torch's current GPU does just now: its clock, its power, whether that holds the clock down; None without.
 
     Keys: sm_mhz, power_w, power_limit_w, temperature_c, power_capped. What the driver does not tell is left out.
     """
-    command = ("nvidia-smi", "-i", "0", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits")
+    mine = "0"
+    if torch.cuda.is_available():  # by its name for the driver: numbers are those of CUDA_VISIBLE_DEVICES
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        mine = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    command = ("nvidia-smi", "-i", mine, f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits")
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):

@@ -95,6 +95,8 @@ def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.Capt
     assert "| causal-8192 | 128 | 50 % | 0.927 | 0.689 | 1.35x | 1.53x |" in said
     assert cli.main(["report", str(RECORDS.with_name("h100-variants-2026-11-24.jsonl")), "--markdown"]) == 0
     assert "| and keys a tile ahead (chosen) | no | 529 |" in capsys.readouterr().out
+    assert cli.main(["report", str(RECORDS.with_name("video-layers-h200-2026-11-24.jsonl")), "--markdown"]) == 0
+    assert "| 64 128 | 323 | 47.7 % | 246 | 1.31x | 87.4 % | 396 | 0.82x |" in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -169,6 +169,7 @@ def test_launch_shapes_that_gain_are_kept() -> None:
         row("a", "x", 1.0), row("a", "y", 1.01), row("a", "x", 0.5, step=32), row("a", "y", 1.25, step=32),
         row("a", "x", 0.2, step=64), {**row("a", "y", 0.1, step=64), "failed": "no"},
         row("a", "x", 0.1, step=16), row("a", "x", 0.1, step=16),
+        {k: v for k, v in row("a", "x", 0.1).items() if k != "ratio"},
         row("b", "x", 1.0), row("b", "x", 0.985, step=32), row("c", "z", 1.0), row("c", "z", 0.1, step=32),
     ]  # fmt: skip
     made = tune.profile_of("Mine", found, "here")

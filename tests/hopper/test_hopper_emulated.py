@@ -40,6 +40,10 @@ class Pool:
         return run
 
 
+DRAWN: list[Tensor] = []
+"""The counters of work items, of each call."""
+
+
 class Count:
     """In place of `launch.count_kernel`."""
 
@@ -47,6 +51,7 @@ class Count:
         def run(words: Tensor, counts: Tensor, width: int, blocks: int, lists: int, rows: int, q_len: int, k_len: int,
                 CAUSAL: bool, PAIR: bool, SIZE: int) -> None:  # fmt: skip
             held = bits.unpack(words, k_len).flatten(0, 1)
+            DRAWN.append(counts[-1:])
             counts[-1] = 0
             for at in range(len(counts) - 1):
                 head, block = divmod(at, blocks)
@@ -140,6 +145,62 @@ def test_more_work_items_than_the_queue_has_slots(block: int) -> None:
     out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
     launch.attend(query, key, value, selection, 0.125, out, lse, launch.AttendShape(step=64, stages=3, programs=1))
     Exact.of(query, key, value, selection.mask(), 0.125).check(out, lse)
+    assert int(DRAWN[-1]) == 5 * -(-1100 // 128), "each item but the first two is drawn once, and two that are none"
+
+
+def test_a_ring_that_wraps_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WORDS", 4)
+    monkeypatch.setattr(launch, "RING", 512)
+    query, key, value = tensors(2, 1, 200, 1500)
+    kept = torch.rand(1, 2, 2, 1500, generator=torch.Generator().manual_seed(1)) < 0.8
+    selection = spec.Selection(bits.pack(kept), 200, 1500, 128, False)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+    launch.attend(query, key, value, selection, 0.125, out, lse, launch.AttendShape(step=64, stages=2, programs=1))
+    Exact.of(query, key, value, selection.mask(), 0.125).check(out, lse)
+
+
+def test_the_queue_and_the_ring_are_long_enough() -> None:
+    most = max(stages for stages in range(2, 100) if _allowed(stages))
+    assert launch.QUEUE > most, "the loader is at most as many items ahead as there are tiles in flight"
+    assert launch.RING >= 32 * launch.WORDS + 3 * 128, "one decoding, and the tiles that it runs ahead of"
+
+
+def _allowed(stages: int) -> bool:
+    try:
+        launch.AttendShape(stages=stages)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("seen, heads, unit", [((8192, 16384), 28, 256), ((300,), 1, 128), ((4096,) * 3, 5, 1024)])
+def test_the_spans_of_programs_are_the_best_of_all(seen: tuple[int, ...], heads: int, unit: int) -> None:
+    def longest(span: int) -> float:
+        programs = heads * sum(-(-keys // span) for keys in seen)
+        return -(-programs // 132) * (span / 128 + launch.START)
+
+    found = launch.balanced(seen, heads, unit, 132)
+    assert found % unit == 0 and longest(found) == min(longest(n * unit) for n in range(1, launch.SPAN // unit + 1))
+
+
+def test_a_window_longer_than_the_longest_span_is_a_span() -> None:
+    assert launch.balanced((2**20,), 1, 2 * launch.SPAN, 132) == 2 * launch.SPAN
+
+
+def test_every_word_of_a_selection_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def dirty(*shape: Any, **options: Any) -> Tensor:
+        made = real(*shape, **options)
+        return made.fill_(-1) if made.dtype == torch.int32 else made
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    for scope in ("window", "row"):
+        query, key, _ = tensors(2, 1, 700, 901)
+        asked = rule_of(64, causal=False, q_pooling_size=32, q_block_size=128, max_scope=scope)
+        alpha = torch.tensor([[0.1, 0.6]])
+        found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256))
+        assert int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum()) <= 1
 
 
 @pytest.mark.parametrize("stages", [2, 3])
@@ -216,9 +277,9 @@ def test_the_emulator_sees_what_a_kernel_does_wrong(name: str, tmp_path: Path, m
     assert differ <= 2 if name == "nothing" else differ > 2
 
 
-ATTEND_MUTANTS = {
+ATTEND_MUTANTS: dict[str, tuple[str, ...]] = {
     "nothing": ("@gluon.jit\ndef _loader", "@gluon.jit\ndef _loader"),  # the control: it must be right
-    "values are not waited for": ("    mbarrier.wait(v_full.index(last), before)\n    fence", "    fence"),
+    "values are not waited for": ("    mbarrier.wait(v_full.index(last), last_phase)\n    fence", "    fence"),
     "values are those of the keys ahead": (
         "gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)\n                    async",
         "here & 0x3FFFFFFF if PAIR else here, svn, D, N)\n                    async",
@@ -235,12 +296,19 @@ ATTEND_MUTANTS = {
     ),
     "a phase is taken for the other": ("gl.where(wraps, phase ^ 1, phase)", "phase"),
     "a tile too few is masked": ("clear = gl.maximum(tiles - MASKED, 1)", "clear = gl.maximum(tiles - MASKED + 1, 1)"),
-    "limits of the item before": ("_limits(gl.minimum(after, items - 1),", "_limits(item,"),
-    "a consumer takes the other list's bits": (
-        "words = _listed(members, 2 * stage + HALF_INDEX,",
-        "words = _listed(members, 2 * stage + 1 - HALF_INDEX,",
+    "bits are read after their buffer is given back": (
+        "    words = _member_words(members, 2 * stage + HALF_INDEX, none, N) if PAIR else left\n",
+        "    words = left\n",
+        "    if PAIR:\n        logits = _mask_unlisted(logits, words, N, S_ACC)\n    if mask:",
+        "    if PAIR:\n        words = _member_words(members, 2 * stage + HALF_INDEX, none, N)\n"
+        "        logits = _mask_unlisted(logits, words, N, S_ACC)\n    if mask:",
     ),
-    "queries of the item before": ("        _fetch(query, Q, after, items,", "        _fetch(query, Q, item, items,"),
+    "limits of the item before": ("_limits(gl.minimum(following, items - 1),", "_limits(item,"),
+    "a consumer takes the other list's bits": (
+        "words = _member_words(members, 2 * stage + HALF_INDEX,",
+        "words = _member_words(members, 2 * stage + 1 - HALF_INDEX,",
+    ),
+    "queries of the item before": ("    _fetch(query, Q, following, items,", "    _fetch(query, Q, item, items,"),
 }  # fmt: skip
 
 
@@ -248,10 +316,12 @@ ATTEND_MUTANTS = {
 def test_the_emulator_sees_what_the_attention_does_wrong(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, after = ATTEND_MUTANTS[name]
     source = (FOLDER / "attend.py").read_text()
-    assert source.count(before) == 1, "the kernel has changed; so must this test"
-    (tmp_path / "mutant.py").write_text(source.replace(before, after))
+    changes = ATTEND_MUTANTS[name]
+    for before, after in zip(changes[::2], changes[1::2], strict=True):
+        assert source.count(before) == 1, "the kernel has changed; so must this test"
+        source = source.replace(before, after)
+    (tmp_path / "mutant.py").write_text(source)
     kernel = gluon_emulator.load(tmp_path / "mutant.py").attend_kernel
     monkeypatch.setattr(launch, "attend_kernel", gluon_emulator.Kernel(kernel))
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 60.0 if name == "nothing" else 5.0)

@@ -52,14 +52,19 @@ def compare(call: Callable[[], object], other: Callable[[], object], budget_ms: 
             device: str = "cuda") -> tuple[Timing, float]:  # fmt: skip
     """(time of a call, median of its time over that of another one).
 
-    Groups of the two alternate, so that a clock that sinks as the device gets warm does not favour either.
+    Groups of the two alternate, either one first in turn, so that a clock that sinks as the device gets warm does not
+    favour one.
     """
     group = _queued if device.startswith("cuda") else _clocked
-    for made in (call, other):
-        made(), made()
+    for made in (call, other, call, other):
+        made()
     once = group(call, 3) + group(other, 3)
     each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
-    pairs = [(group(call, each), group(other, each)) for _ in range(GROUPS)]
+    pairs = []
+    for turn in range(GROUPS):
+        first = group(call, each) if turn % 2 else None
+        beside = group(other, each)
+        pairs.append((first or group(call, each), beside))
     times, ratios = sorted(a for a, _ in pairs), sorted(a / b for a, b in pairs)
     middle = GROUPS // 2
     return Timing(times[middle], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS), ratios[middle]

@@ -54,10 +54,12 @@ HOPPER_ATTEND = tuple(
     for (step, stages), (consumer, loader) in itertools.product(
         ((128, 2), (128, 3), (64, 4), (64, 5), (64, 6)), ((216, 72), (208, 88), (224, 56))
     )
+    if (step, stages, consumer) != (128, 3, 216)  # the default
 )
 HOPPER_SELECT = tuple(
-    {"span": span, "stages": stages, "consumer_registers": 208, "loader_registers": 88}
-    for span, stages in itertools.product((2048, 4096, 8192, 16384), (3, 4, 5))
+    {"span": span, "stages": stages}
+    for span, stages in itertools.product((0, 2048, 4096, 8192, 16384), (3, 4, 5))
+    if (span, stages) != (0, 4)  # the default
 )
 TRITON_ATTEND = tuple(
     {"step": step, "warps": warps, "stages": stages}
@@ -106,7 +108,7 @@ def steps(backend: str, sources: Sequence[Source], most: int | None = None) -> l
         case = source.case
         for kernel in kernels(backend, case.causal, case.head_dim, source.dtype):
             for fields in ({}, *kernel.candidates[:most]):
-                key = {"study": "tune", "kernel": kernel.name, **source.key, "fields": fields}
+                key = {"study": "tune", "kernel": kernel.name, **source.key, "fields": fields, "beside": "default"}
                 found.append((key, partial(trial, source, kernel, fields)))
     return found
 
@@ -165,7 +167,7 @@ def shapes(records: Sequence[Record]) -> dict[str, dict[str, int]]:
     """Fields by kernel of those launch shapes that beat the default; where it ran on several cases, on average."""
     ratios: dict[str, dict[tuple[tuple[str, int], ...], dict[str, float]]] = {}
     for r in records:
-        if r.get("study") == "tune" and "failed" not in r:
+        if r.get("study") == "tune" and "failed" not in r and "ratio" in r:  # the first records had none
             ratios.setdefault(r["kernel"], {}).setdefault(tuple(r["fields"].items()), {})[r["case"]] = r["ratio"]
     found = {}
     for kernel, by_fields in ratios.items():

@@ -78,6 +78,17 @@ def run(args: argparse.Namespace) -> int:
         for r in found if r["study"] == "variants"
     ]  # fmt: skip
     _table("variants", ["case", "R", "lists", "density", "variant", "in turns", "TFLOP/s"], tried, args.markdown)
+    layers = [
+        [r["case"], f"{r['pool']} {r['block']}", f"{r['dense']['ms']:.0f}", f"{100 * r['density']:.1f} %",
+         f"{r['sparse']['ms']:.0f}", f"{r['ratio']:.2f}x", f"{100 * r['coverage']['density']:.1f} %",
+         f"{r['coverage']['ms']:.0f}", f"{r['dense']['ms'] / r['coverage']['ms']:.2f}x"]
+        for r in found if r["study"] == "layer" and "coverage" in r
+    ]  # fmt: skip
+    _table(
+        "layers of video models, the whole forward",
+        ["case", "P R", "dense ms", "density", "ms", "faster", "of coverage 0.9", "ms", "faster"], layers,
+        args.markdown,
+    )  # fmt: skip
     if args.png:
         args.png.parent.mkdir(parents=True, exist_ok=True)
         figures.draw(found, args.png)

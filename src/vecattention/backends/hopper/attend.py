@@ -122,9 +122,9 @@ def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K
     v_stage, v_phase = 0, 1
     order = 0
     item = gl.program_id(0)
-    after = item + gl.num_programs(0)
+    following = item + gl.num_programs(0)
     while item < items:
-        gl.store(ring + RING + order % QUEUE, after)
+        gl.store(ring + RING + order % QUEUE, following)
         mbarrier.arrive(queued.index(order % QUEUE))
         order += 1
         drawn = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + 2 * gl.num_programs(0)
@@ -159,28 +159,29 @@ def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K
             if t >= 0:
                 mbarrier.wait(k_empty.index(stage), phase)
                 if PAIR:
-                    members.index(2 * stage).store(_held(entry >> 30, N))
-                    members.index(2 * stage + 1).store(_held(entry >> 31, N))
+                    members.index(2 * stage).store(_pack_bits(entry >> 30, N))
+                    members.index(2 * stage + 1).store(_pack_bits(entry >> 31, N))
                     mbarrier.arrive(k_full.index(stage))
                 _load(k_smem.index(stage), k_base, here, skn, D, N)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-                stage, phase = _after(stage, phase, STAGES)
+                stage, phase = _next_buffer(stage, phase, STAGES)
+                # Masked once more: a tensor carried around a loop has lost that its rows are whole vectors.
                 if t > 0:
                     mbarrier.wait(v_empty.index(v_stage), v_phase)
                     _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
                     async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
-                    v_stage, v_phase = _after(v_stage, v_phase, STAGES)
+                    v_stage, v_phase = _next_buffer(v_stage, v_phase, STAGES)
             gone = here
         mbarrier.wait(v_empty.index(v_stage), v_phase)
         _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
         async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
-        v_stage, v_phase = _after(v_stage, v_phase, STAGES)
+        v_stage, v_phase = _next_buffer(v_stage, v_phase, STAGES)
         base = (base + count) & (RING - 1)
-        item, after = after, drawn
+        item, following = following, drawn
 
 
 @gluon.jit
-def _held(entry, N: gl.constexpr):
+def _pack_bits(entry, N: gl.constexpr):
     """int32 words [N // 32] of the lowest bits of [N] entries."""
     place = gl.arange(0, N, entry.type.layout) & 31
     return gl.sum(gl.reshape((entry & 1) << place, (N // 32, 32)), 1)
@@ -203,12 +204,12 @@ def _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF
     if CAUSAL:
         words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
         start = g * R + k_len - q_len
-        limit = _causal(words, width, 2 * g + 1 < lists, count, start, row + (k_len - q_len), k_len, R, PAIR)
+        limit = _visible_entries(words, width, 2 * g + 1 < lists, count, start, row + (k_len - q_len), k_len, R, PAIR)
     return count, limit
 
 
 @gluon.jit
-def _causal(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
+def _visible_entries(words, width, pair, count, start, position, k_len, R: gl.constexpr, PAIR: gl.constexpr):
     """How many entries of the ascending list each row sees: all before the block's span, then those up to itself."""
     seen = gl.zeros_like(position)
     own = gl.zeros_like(position)
@@ -233,7 +234,7 @@ def _hide(logits, left, N: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _listed(members, at, none, N: gl.constexpr):
+def _member_words(members, at, none, N: gl.constexpr):
     """Words [N // 32] that say which entries of a tile this consumer's list holds."""
     cells = gl.reshape(none, (HALF, N // 32, 4, 4, 2))
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, cells.type.layout)))
@@ -241,7 +242,7 @@ def _listed(members, at, none, N: gl.constexpr):
 
 
 @gluon.jit
-def _unlisted(logits, words, N: gl.constexpr, ACC: gl.constexpr):
+def _mask_unlisted(logits, words, N: gl.constexpr, ACC: gl.constexpr):
     """-inf for entries whose bit is not set; a thread holds all octets o and pairs c of 8 o + 2 q + c for its own q."""
     cells = gl.reshape(logits, (HALF, N // 32, 4, 4, 2))
     L4: gl.constexpr = gl.SliceLayout(4, cells.type.layout)
@@ -258,15 +259,15 @@ def _unlisted(logits, words, N: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _after(stage, phase, STAGES: gl.constexpr):
+def _next_buffer(stage, phase, STAGES: gl.constexpr):
     """(buffer, phase of its barriers) of the next tile."""
     wraps = stage == STAGES - 1
     return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, last, before, stage,
-          phase, scale, left, mask, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, last, last_phase,
+          stage, phase, scale, left, mask, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
           PAIR: gl.constexpr, S_ACC: gl.constexpr, O_ACC: gl.constexpr):  # fmt: skip
     """Scores of the next tile (in ``stage``), and the weights of the last one meet their values; then its softmax.
 
@@ -275,18 +276,18 @@ def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     keys, values = k_smem.index(stage).permute((1, 0)), v_smem.index(last)
     mbarrier.wait(k_full.index(stage), phase)
-    words = _listed(members, 2 * stage + HALF_INDEX, none, N) if PAIR else left
+    words = _member_words(members, 2 * stage + HALF_INDEX, none, N) if PAIR else left
     fence_async_shared()
     ahead = warpgroup_mma(query, keys, none, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last), before)
+    mbarrier.wait(v_full.index(last), last_phase)
     fence_async_shared()
     mixed = warpgroup_mma(part, values, acc, is_async=True)
-    later, parity = _after(stage, phase, STAGES)
+    later, later_phase = _next_buffer(stage, phase, STAGES)
     # What hides entries goes through the wait, lest the compiler computes it before, and moves it out of the way.
     logits, left, words = warpgroup_mma_wait(1, deps=(ahead, left, words))
     mbarrier.arrive(k_empty.index(stage))
     if PAIR:
-        logits = _unlisted(logits, words, N, S_ACC)
+        logits = _mask_unlisted(logits, words, N, S_ACC)
     if mask:
         logits = _hide(logits, left, N, S_ACC)
     higher = gl.maximum(top, gl.max(logits, 1) * scale)
@@ -297,7 +298,7 @@ def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty
     mbarrier.arrive(v_empty.index(last))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_ACC))[:, None]
     part = gl.convert_layout(weight.to(part.dtype), part.type.layout)
-    return acc, higher, total, part, stage, phase, later, parity
+    return acc, higher, total, part, stage, phase, later, later_phase
 
 
 @gluon.jit
@@ -314,7 +315,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
     queue = RINGS + gl.program_id(0).to(gl.int64) * (RING + QUEUE) + RING
     query = q_smem.index(HALF_INDEX)
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
-    last, before = 0, 0
+    last, last_phase = 0, 0
     order = 0
     item = gl.program_id(0)
     _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
@@ -324,19 +325,21 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         tiles = gl.maximum((count + N - 1) // N, 1)
         async_copy.wait_group(0)
         barrier()
-        mbarrier.wait(k_full.index(last), before)
+        mbarrier.wait(k_full.index(last), last_phase)
         if PAIR:
-            words = _listed(members, 2 * last + HALF_INDEX, none, N)
+            words = _member_words(members, 2 * last + HALF_INDEX, none, N)
         fence_async_shared()
         ahead = warpgroup_mma(query, k_smem.index(last).permute((1, 0)), none, use_acc=False, is_async=True)
+        # The first keys are here, and the loader queued this before them; but copies that arrive promise nothing of
+        # ordinary stores, so it is waited for.
         mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
-        after = gl.load(queue + order % QUEUE)
+        following = gl.load(queue + order % QUEUE)
         order += 1
-        stage, phase = _after(last, before, STAGES)
+        stage, phase = _next_buffer(last, last_phase, STAGES)
         logits = warpgroup_mma_wait(0, deps=(ahead,))
         mbarrier.arrive(k_empty.index(last))
         if PAIR:
-            logits = _unlisted(logits, words, N, S_ACC)
+            logits = _mask_unlisted(logits, words, N, S_ACC)
         if tiles <= MASKED:
             logits = _hide(logits, limit, N, S_ACC)
         top = gl.maximum(gl.max(logits, 1) * scale, NO_KEY)
@@ -346,19 +349,19 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         acc = gl.zeros([HALF, D], gl.float32, O_ACC)
         clear = gl.maximum(tiles - MASKED, 1)
         for t in range(1, tiles):
-            acc, top, total, part, last, before, stage, phase = _step(
+            acc, top, total, part, last, last_phase, stage, phase = _step(
                 acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty,
-                last, before, stage, phase, scale, limit - t * N, t >= clear, HALF_INDEX, N, STAGES, PAIR, S_ACC,
-                O_ACC)  # fmt: skip
-        _fetch(query, Q, after, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
-        mbarrier.wait(v_full.index(last), before)
+                last, last_phase, stage, phase, scale, limit - t * N, t >= clear, HALF_INDEX, N, STAGES, PAIR,
+                S_ACC, O_ACC)  # fmt: skip
+        _fetch(query, Q, following, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
+        mbarrier.wait(v_full.index(last), last_phase)
         fence_async_shared()
         mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
-        count, limit = _limits(gl.minimum(after, items - 1), WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len,
-                               HALF_INDEX, R, CAUSAL, PAIR, ROWS)  # fmt: skip
+        count, limit = _limits(gl.minimum(following, items - 1), WORDS, COUNTS, blocks, heads, lists, width, q_len,
+                               k_len, HALF_INDEX, R, CAUSAL, PAIR, ROWS)  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(mixed,))
         mbarrier.arrive(v_empty.index(last))
-        last, before = stage, phase
+        last, last_phase = stage, phase
 
         b, h, bh, g = _item(item, blocks, heads)
         row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
@@ -373,7 +376,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         dims = gl.arange(0, D, gl.SliceLayout(0, O_ACC))
         place = OUT + b.to(gl.int64) * sob + h.to(gl.int64) * soh + lines * son + dims[None, :]
         gl.store(place, out.to(dtype), mask=lines < q_len)
-        item = after
+        item = following
 
 
 @gluon.jit

@@ -43,8 +43,8 @@ class AttendShape:
         _among("programs", self.programs, range(2**16))
 
     def shared(self, dim: int) -> int:
-        """Bytes of shared memory: both halves of the queries, K and V in flight, barriers."""
-        return 2 * dim * (BLOCK + 2 * self.stages * self.step) + 128 * self.stages + 8 * QUEUE
+        """Bytes of shared memory: both halves of the queries, K and V in flight, barriers, bits and scratch (1 KiB)."""
+        return 2 * dim * (BLOCK + 2 * self.stages * self.step) + 64 * self.stages + 8 * QUEUE + 1024
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 HALF = gl.constexpr(64)  # pooled rows of a consumer
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # below every score but -inf, which is never kept
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # no score but -inf is below it, and that is never kept
 
 
 @gluon.jit

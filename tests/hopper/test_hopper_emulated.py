@@ -281,8 +281,8 @@ ATTEND_MUTANTS: dict[str, tuple[str, ...]] = {
     "nothing": ("@gluon.jit\ndef _loader", "@gluon.jit\ndef _loader"),  # the control: it must be right
     "values are not waited for": ("    mbarrier.wait(v_full.index(last), last_phase)\n    fence", "    fence"),
     "values are those of the keys ahead": (
-        "gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)\n                    async",
-        "here & 0x3FFFFFFF if PAIR else here, svn, D, N)\n                    async",
+        "v_phase, v_base, gone, svn, D, N,\n",
+        "v_phase, v_base, here, svn, D, N,\n",
     ),
     "keys are given back before their product is there": (
         "    logits, left, words = warpgroup_mma_wait(1, deps=(ahead, left, words))\n"

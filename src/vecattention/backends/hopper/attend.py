@@ -109,6 +109,19 @@ def _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDE
 
 
 @gluon.jit
+def _values(v_smem, v_full, v_empty, stage, phase, base, index, stride, D: gl.constexpr, N: gl.constexpr,
+            STAGES: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
+    """Start copying the values of a tile once their buffer is free; the next buffer and its phase.
+
+    The positions are masked once more: a tensor carried around a loop has lost that its rows are whole vectors.
+    """
+    mbarrier.wait(v_empty.index(stage), phase)
+    _load(v_smem.index(stage), base, index & 0x3FFFFFFF if PAIR else index, stride, D, N)
+    async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+    return _next_buffer(stage, phase, STAGES)
+
+
+@gluon.jit
 def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
             skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
             D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
@@ -165,17 +178,11 @@ def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K
                 _load(k_smem.index(stage), k_base, here, skn, D, N)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 stage, phase = _next_buffer(stage, phase, STAGES)
-                # Masked once more: a tensor carried around a loop has lost that its rows are whole vectors.
                 if t > 0:
-                    mbarrier.wait(v_empty.index(v_stage), v_phase)
-                    _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
-                    async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
-                    v_stage, v_phase = _next_buffer(v_stage, v_phase, STAGES)
+                    v_stage, v_phase = _values(v_smem, v_full, v_empty, v_stage, v_phase, v_base, gone, svn, D, N,
+                                               STAGES, PAIR)  # fmt: skip
             gone = here
-        mbarrier.wait(v_empty.index(v_stage), v_phase)
-        _load(v_smem.index(v_stage), v_base, gone & 0x3FFFFFFF if PAIR else gone, svn, D, N)
-        async_copy.mbarrier_arrive(v_full.index(v_stage), increment_count=False)
-        v_stage, v_phase = _next_buffer(v_stage, v_phase, STAGES)
+        v_stage, v_phase = _values(v_smem, v_full, v_empty, v_stage, v_phase, v_base, gone, svn, D, N, STAGES, PAIR)
         base = (base + count) & (RING - 1)
         item, following = following, drawn
 

@@ -225,7 +225,8 @@ def balanced(seen: tuple[int, ...], heads: int, unit: int, processors: int) -> i
     """Keys per program of the selection, a multiple of ``unit``: so many that the busiest multiprocessor does least.
 
     A multiprocessor runs one program at a time, and each costs its tiles and what its start takes. On an H100 the times
-    of 32K tokens, less what pooling takes, followed this within 6 percent: benchmarks/results/h100-spans-2026-11-24.jsonl.
+    of 32K tokens, less what pooling takes, followed this within 6 percent
+    (benchmarks/results/h100-spans-2026-11-24.jsonl).
 
     Args:
         seen: keys that each tile of pooled rows sees.

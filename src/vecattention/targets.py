@@ -34,7 +34,9 @@ LOWEST, HIGHEST = (127 - 10) << 9, (127 + 7) << 9  # bin numbers of 2^-10 and 2^
 BINS = HIGHEST - LOWEST + 2
 UNIT = 2.0**30
 SLABS = {"cpu": 2**22, "cuda": 2**24}  # scores held at once
-KEYS = 2**14  # keys made wide at once
+HEADS = {"cpu": 1, "cuda": 8}  # key heads in a slab at most: few launches on a GPU, the cache on a CPU
+COPIES = {"cpu": 1, "cuda": 16}  # of each head's histogram: atomic additions to a bin that many keys share wait
+KEYS = 2**14  # keys of a head made wide at once, where a slab does not hold them all
 
 
 def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.Rule) -> Tensor:
@@ -101,28 +103,37 @@ def upper_edge(number: Tensor) -> Tensor:
 
 def histogram(query: Tensor, key: Tensor, kind: str, rule: spec.Rule) -> Tensor:
     """int64 [B, H, 1 + BINS]: what is kept anyway, then what each bin adds, in pairs or in units of 2^-30."""
-    batch, heads, q_len, _ = query.shape
-    share, k_len = heads // key.shape[1], key.shape[2]
-    found = torch.zeros(batch, heads, 1 + BINS, dtype=torch.int64, device=query.device)
-    slab = (
-        max(1, SLABS.get(query.device.type, SLABS["cuda"]) // (share * rule.rows_per_block * k_len)) * rule.q_block_size
-    )
+    (batch, heads, q_len, _), (kv_heads, k_len) = query.shape, key.shape[1:3]
+    share = heads // kv_heads
+    scores, together, copies = (_on(query.device, most) for most in (SLABS, HEADS, COPIES))
+    blocks = max(1, scores // (share * rule.rows_per_block * k_len))
+    together = max(1, min(together, blocks // max(1, -(-q_len // rule.q_block_size))))
+    found = torch.zeros(batch, heads, copies, 1 + BINS, dtype=torch.int64, device=query.device)
     for b in range(batch):
-        for kv_head in range(key.shape[1]):
-            span = slice(kv_head * share, (kv_head + 1) * share)
-            for first in range(0, q_len, slab):
-                rows = query[b : b + 1, span, first : first + slab]
-                place, weight = _slab(rows, key[b, kv_head], first, q_len, kind, rule)
-                _add(found[b, span], place, weight)
-    return found
+        for kv_head in range(0, kv_heads, together):
+            span = slice(kv_head * share, (kv_head + together) * share)
+            keys = key[b, kv_head : kv_head + together]
+            if keys.numel() <= scores:
+                keys = keys.to(torch.promote_types(key.dtype, torch.float32))
+            for first in range(0, q_len, blocks * rule.q_block_size):
+                rows = query[b : b + 1, span, first : first + blocks * rule.q_block_size]
+                number, weight = _slab(rows, keys, first, q_len, kind, rule)
+                _add(found[b, span], number, weight)
+    return found.sum(2)
+
+
+def _on(device: torch.device, most: dict[str, int]) -> int:
+    """What a table says for a device: any but a CPU as CUDA."""
+    return most.get(device.type, most["cuda"])
 
 
 def _slab(rows: Tensor, key: Tensor, first: int, q_len: int, kind: str, rule: spec.Rule) -> tuple[Tensor, Tensor]:
-    """Entry of the histogram, int32, and weight, int64, of each block and key, [G, blocks, Sk]; rows [1, G, n, D].
+    """Bin, int32, or -1 if kept anyway, and weight, int64, of each block and key, [H, blocks, Sk].
 
-    The scores are the one full-size tensor that lasts: masks and gaps are written over them.
+    Of rows [1, H, n, D] and key [Hkv, Sk, D]. The scores are the one full-size tensor that lasts: masks and gaps are
+    written over them.
     """
-    k_len, pool = key.shape[0], rule.q_pooling_size
+    k_len, pool = key.shape[1], rule.q_pooling_size
     score = _scores(reference.pooled_queries(rows, pool)[0].mul_(rule.scale), key)
     score.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # like -inf, no candidate's score
     if rule.causal:
@@ -141,16 +152,21 @@ def _slab(rows: Tensor, key: Tensor, first: int, q_len: int, kind: str, rule: sp
     if rule.causal:
         gap.masked_fill_(seen & ~candidate, -1.0)
     gap = _blocks(gap, rule, torch.inf).amin(2)
-    place = bin_of(gap).add_(1)
-    return place.masked_fill_(gap < 0, 0) if rule.causal else place, weight
+    number = bin_of(gap)
+    return number.masked_fill_(gap < 0, -1) if rule.causal else number, weight
 
 
 def _scores(pooled: Tensor, key: Tensor) -> Tensor:
-    """[G, rows, Sk] of pooled rows [G, rows, D] and key [Sk, D], which is made wide in pieces."""
-    score = pooled.new_empty(*pooled.shape[:2], key.shape[0])
-    for first in range(0, key.shape[0], KEYS):
+    """[H, rows, Sk] of pooled rows [H, rows, D] and key [Hkv, Sk, D], which is made wide in pieces."""
+    score = pooled.new_empty(*pooled.shape[:2], key.shape[1])
+    pooled, product = (x.unflatten(0, (len(key), -1)).flatten(1, 2) for x in (pooled, score))
+    for first in range(0, key.shape[1], KEYS):
         keys = slice(first, first + KEYS)
-        torch.mm(pooled.flatten(0, 1), key[keys].to(pooled.dtype).mT, out=score.flatten(0, 1)[:, keys])
+        wide = key[:, keys].to(pooled.dtype).mT
+        if len(key) == 1:  # as a batch of one, small products can round differently
+            torch.mm(pooled[0], wide[0], out=product[0, :, keys])
+        else:
+            torch.bmm(pooled, wide, out=product[..., keys])
     return score
 
 
@@ -171,11 +187,13 @@ def _pairs(first: int, count: int, q_len: int, k_len: int, rule: spec.Rule, devi
     return (rows - late.clamp(min=0)).clamp(min=0)
 
 
-def _add(found: Tensor, place: Tensor, weight: Tensor) -> None:
-    """Add the weights [G, blocks, Sk] at their entries of found [G, 1 + BINS]."""
-    place, weight = place.flatten(1).long(), weight.flatten(1)
-    if found.device.type == "cpu":  # several times faster there than a scatter; sums stay below 2^53, so they are exact
-        for line, at, amount in zip(found, place, weight, strict=True):
-            line += torch.bincount(at, amount.double(), 1 + BINS).long()
+def _add(found: Tensor, number: Tensor, weight: Tensor) -> None:
+    """Add the weights [H, blocks, Sk] of bins -1 and up to found [H, copies, 1 + BINS], neighbours to other copies."""
+    copies = found.shape[1]
+    if copies > 1:
+        entry = torch.arange(number.shape[-1], device=number.device) % copies * (1 + BINS) + 1
+        found.flatten(1).scatter_add_(1, (number + entry).flatten(1), weight.flatten(1))
         return
-    found.scatter_add_(1, place, weight)
+    # On a CPU several times faster than a scatter; sums stay below 2^53, so they are exact.
+    for line, at, amount in zip(found[:, 0], number.add_(1).flatten(1), weight.flatten(1), strict=True):
+        line += torch.bincount(at, amount.double(), 1 + BINS).long()

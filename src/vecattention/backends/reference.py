@@ -66,13 +66,29 @@ def cut_off(score: Tensor, rule: spec.Rule) -> Tensor:
     """m[g, j]: maximum of the row, or of the tiles of j's window up to its own; candidates only (others are -inf)."""
     if rule.max_scope == "row":
         return score.amax(dim=-1, keepdim=True)
-    tile, group = rule.k_local_size, rule.group_k_block
-    k_len = score.shape[-1]
-    tops = F.pad(score, (0, -k_len % tile), value=-torch.inf).unflatten(-1, (-1, tile)).amax(dim=-1)
+    tops = _split(score, rule.k_local_size).amax(dim=-1)
     tiles = tops.shape[-1]
-    windows = F.pad(tops, (0, -tiles % min(group, tiles)), value=-torch.inf).unflatten(-1, (-1, min(group, tiles)))
-    running = torch.cummax(windows, dim=-1)[0].flatten(-2)[..., :tiles]
-    return running.repeat_interleave(tile, dim=-1)[..., :k_len]
+    windows = _split(tops, min(rule.group_k_block, tiles))
+    running = torch.cummax(windows, dim=-1)[0] if score.device.type == "cpu" else running_max(windows)
+    return running.flatten(-2)[..., :tiles].repeat_interleave(rule.k_local_size, dim=-1)[..., : score.shape[-1]]
+
+
+def running_max(x: Tensor) -> Tensor:
+    """The values of torch.cummax in the last dimension, in log2 many steps: on a GPU several times faster."""
+    count = x.shape[-1]
+    found = F.pad(x, (0, (1 << (count - 1).bit_length()) - count), value=-torch.inf)
+    half = 1
+    while half < found.shape[-1]:
+        low, high = found.unflatten(-1, (-1, 2, half)).unbind(-2)
+        torch.maximum(high, low[..., -1:], out=high)
+        half *= 2
+    return found[..., :count]
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """[..., n] -> [..., ceil(n / size), size], filled with -inf; a view where there is nothing to fill."""
+    missing = -x.shape[-1] % size
+    return torch.unflatten(F.pad(x, (0, missing), value=-torch.inf) if missing else x, -1, (-1, size))
 
 
 def _mask(selection: spec.Selection) -> Tensor:

@@ -373,6 +373,7 @@ def _language() -> ModuleType:
     gl.__dict__.update(
         constexpr=lambda x: Scalar(x) if type(x) is int else x, static_range=scalars, float32=torch.float32,
         int32=torch.int32, int64=torch.int64, BlockedLayout=_Layout, SliceLayout=_Layout, DotOperandLayout=_Layout,
+        DistributedLinearLayout=_Layout,
         NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout, SwizzledSharedLayout=_Layout,
         atomic_add=_atomic_add, allocate_shared_memory=_shared,
         barrier=lambda: None, warp_specialize=_specialize, load=_load, store=_store, where=_where,

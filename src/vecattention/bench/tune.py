@@ -52,9 +52,9 @@ GAIN = 0.98
 HOPPER_ATTEND = tuple(
     {"step": step, "stages": stages, "consumer_registers": consumer, "loader_registers": loader}
     for (step, stages), (consumer, loader) in itertools.product(
-        ((128, 2), (128, 3), (64, 4), (64, 5), (64, 6)), ((216, 72), (208, 88), (224, 56))
+        ((128, 2), (128, 3), (64, 4), (64, 5), (64, 6)), ((224, 56), (216, 72), (208, 88))
     )
-    if (step, stages, consumer) != (128, 3, 216)  # the default
+    if (step, stages, consumer) != (128, 3, 224)  # the default
 )
 HOPPER_SELECT = tuple(
     {"span": span, "stages": stages}

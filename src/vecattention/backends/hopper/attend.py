@@ -65,8 +65,8 @@ def _sum_and_max(total_a, most_a, total_b, most_b):
 
 
 @gluon.jit
-def _decode(ring, base, mine, other, first, SEG: gl.constexpr, RING: gl.constexpr, PAIR: gl.constexpr):
-    """Append the positions of the set bits of SEG words to the ring at ``base``, ascending; their number.
+def _decode(ring, filled, mine, other, first, SEG: gl.constexpr, RING: gl.constexpr, PAIR: gl.constexpr):
+    """Append the positions of the set bits of SEG words to the ``filled`` ones of the ring, ascending; their number.
 
     Each thread peels the bits of its word one by one, for as many rounds as the fullest word needs. PAIR: of two lists'
     words; bits 30 and 31 of a position say which of them hold it.
@@ -75,7 +75,7 @@ def _decode(ring, base, mine, other, first, SEG: gl.constexpr, RING: gl.constexp
     count = _popcount(word)
     after = gl.associative_scan(count, 0, _add)
     total, most = gl.reduce((count, count), 0, _sum_and_max)
-    slot = base + after - count
+    slot = filled + after - count
     key = (first + gl.arange(0, SEG, gl.BlockedLayout([1], [32], [4], [0]))) * 32
     for _ in range(most):
         lowest = word & (0 - word)
@@ -122,36 +122,34 @@ def _values(v_smem, v_full, v_empty, stage, phase, base, index, stride, D: gl.co
 
 
 @gluon.jit
-def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
+def _loader(k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
             skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
             D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
             RING: gl.constexpr, QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    ring = RINGS + gl.program_id(0).to(gl.int64) * (RING + QUEUE)
-    base = 0
+    ring = RINGS + gl.program_id(0).to(gl.int64) * RING
     stage, phase = 0, 1
     v_stage, v_phase = 0, 1
     order = 0
     item = gl.program_id(0)
-    following = item + gl.num_programs(0)
     while item < items:
-        gl.store(ring + RING + order % QUEUE, following)
-        mbarrier.arrive(queued.index(order % QUEUE))
-        order += 1
-        drawn = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + 2 * gl.num_programs(0)
+        following = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + gl.num_programs(0)
         b, h, bh, g = _item(item, blocks, heads)
         count = gl.load(COUNTS + bh * blocks + g)
         words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
         k_base = K + b.to(gl.int64) * skb + (h // group).to(gl.int64) * skh
         v_base = V + b.to(gl.int64) * svb + (h // group).to(gl.int64) * svh
         keys = gl.minimum(g * R + R + k_len - q_len, k_len) if CAUSAL else k_len
-        filled = 0
-        segment = 0
         keys_other = gl.where(2 * g + 1 < lists, keys, 0)
         mine = _words(words, 0, keys, SEG)
         other = _words(words + width, 0, keys_other, SEG) if PAIR else gl.zeros_like(mine)
+        queue.index(order % QUEUE).store(gl.full([1], following, gl.int32, flat))
+        mbarrier.arrive(queued.index(order % QUEUE))
+        order += 1
+        filled = 0
+        segment = 0
         index = gl.zeros([N], gl.int32, flat)
         gone = gl.zeros([N], gl.int32, rows)
         tiles = gl.maximum((count + N - 1) // N, 1)
@@ -162,13 +160,13 @@ def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K
                 mine = _words(words, segment + SEG, keys, SEG)
                 if PAIR:
                     other = _words(words + width, segment + SEG, keys_other, SEG)
-                filled += _decode(ring, base + filled, now, now_other, segment, SEG, RING, PAIR)
+                filled += _decode(ring, filled, now, now_other, segment, SEG, RING, PAIR)
                 segment += SEG
             entry = index
             here = gl.convert_layout(index & 0x3FFFFFFF if PAIR else index, rows)
             barrier()
             slot = gl.minimum(t * N + N + gl.arange(0, N, flat), count - 1)
-            index = gl.load(ring + ((base + slot) & (RING - 1)), mask=slot >= 0, other=0)
+            index = gl.load(ring + (slot & (RING - 1)), mask=slot >= 0, other=0)
             if t >= 0:
                 mbarrier.wait(k_empty.index(stage), phase)
                 if PAIR:
@@ -183,8 +181,7 @@ def _loader(k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K
                                                STAGES, PAIR)  # fmt: skip
             gone = here
         v_stage, v_phase = _values(v_smem, v_full, v_empty, v_stage, v_phase, v_base, gone, svn, D, N, STAGES, PAIR)
-        base = (base + count) & (RING - 1)
-        item, following = following, drawn
+        item = following
 
 
 @gluon.jit
@@ -266,6 +263,12 @@ def _mask_unlisted(logits, words, N: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
+def _thread_sums(weight, N: gl.constexpr):
+    """[HALF, N] -> [HALF, 4]: what each of a row's four threads holds of it; they are added once an item is over."""
+    return gl.sum(gl.sum(gl.reshape(weight, (HALF, N // 8, 4, 2)), 3), 1)
+
+
+@gluon.jit
 def _next_buffer(stage, phase, STAGES: gl.constexpr):
     """(buffer, phase of its barriers) of the next tile."""
     wraps = stage == STAGES - 1
@@ -273,21 +276,30 @@ def _next_buffer(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _arrived(full, phase, wanted):
+    """Wait until a buffer is full, if it is ``wanted`` at all.
+
+    The tensor cores read by another path than copies write: hence the fence. It takes its time, so that both are placed
+    where a product is running.
+    """
+    mbarrier.wait(full, phase, pred=wanted)
+    fence_async_shared()
+
+
+@gluon.jit
 def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, last, last_phase,
-          stage, phase, scale, left, mask, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+          stage, phase, scale, left, mask, more, HALF_INDEX: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
           PAIR: gl.constexpr, S_ACC: gl.constexpr, O_ACC: gl.constexpr):  # fmt: skip
     """Scores of the next tile (in ``stage``), and the weights of the last one meet their values; then its softmax.
 
-    ``left``: how many entries of the next tile each row sees, if not all (``mask``).
+    The keys have arrived. ``left``: how many entries of the next tile each row sees, if not all (``mask``).
+    ``more``: there is one after it.
     """
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     keys, values = k_smem.index(stage).permute((1, 0)), v_smem.index(last)
-    mbarrier.wait(k_full.index(stage), phase)
     words = _member_words(members, 2 * stage + HALF_INDEX, none, N) if PAIR else left
-    fence_async_shared()
     ahead = warpgroup_mma(query, keys, none, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last), last_phase)
-    fence_async_shared()
+    _arrived(v_full.index(last), last_phase, True)
     mixed = warpgroup_mma(part, values, acc, is_async=True)
     later, later_phase = _next_buffer(stage, phase, STAGES)
     # What hides entries goes through the wait, lest the compiler computes it before, and moves it out of the way.
@@ -298,9 +310,11 @@ def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty
     if mask:
         logits = _hide(logits, left, N, S_ACC)
     higher = gl.maximum(top, gl.max(logits, 1) * scale)
+    _arrived(k_full.index(later), later_phase, more)
     weight = gl.exp2(logits * scale - higher[:, None])
     decay = gl.exp2(top - higher)
-    total = total * decay + gl.sum(weight, 1)
+    faded = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
+    total = total * faded + _thread_sums(weight, N)
     acc = warpgroup_mma_wait(0, deps=(mixed,))
     mbarrier.arrive(v_empty.index(last))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_ACC))[:, None]
@@ -309,17 +323,35 @@ def _step(acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty
 
 
 @gluon.jit
-def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
-              Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, width,
+def _write(base, out, first, stride, q_len, D: gl.constexpr):
+    """Store rows [HALF, D] of an accumulator from row ``first`` on, in whole vectors.
+
+    The four threads of a row hold two of every eight columns each. In two steps, which are shuffles alone and take no
+    shared memory, each gets four neighbours, then eight.
+    """
+    more: gl.constexpr = [[0, 32], [8, 0]] if D == 64 else [[0, 32], [0, 64], [8, 0]]
+    lanes: gl.constexpr = [[1, 0], [2, 0], [4, 0]]
+    FOUR: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 16]] + more, [[0, 8], [0, 4]] + lanes, [[16, 0], [32, 0]], [], [HALF, D])  # fmt: skip
+    EIGHT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4]] + more, [[0, 8], [0, 16]] + lanes, [[16, 0], [32, 0]], [], [HALF, D])  # fmt: skip
+    out = gl.convert_layout(gl.convert_layout(out, FOUR), EIGHT)
+    row = (first + gl.arange(0, HALF, gl.SliceLayout(1, EIGHT)))[:, None]
+    dims = gl.arange(0, D, gl.SliceLayout(0, EIGHT))
+    gl.store(base + row.to(gl.int64) * stride + dims[None, :], out, mask=row < q_len)
+
+
+@gluon.jit
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty,
+              queued, Q, WORDS, COUNTS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len, k_len, width,
               blocks, lists, items, scale, D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-              RING: gl.constexpr, QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
+              QUEUE: gl.constexpr, CAUSAL: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     S_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_OP: gl.constexpr = gl.DotOperandLayout(0, O_ACC, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S_ACC)
     MASKED: gl.constexpr = R // N + 1 if CAUSAL else 1
     dtype: gl.constexpr = q_smem.dtype
-    queue = RINGS + gl.program_id(0).to(gl.int64) * (RING + QUEUE) + RING
     query = q_smem.index(HALF_INDEX)
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     last, last_phase = 0, 0
@@ -332,15 +364,12 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         tiles = gl.maximum((count + N - 1) // N, 1)
         async_copy.wait_group(0)
         barrier()
-        mbarrier.wait(k_full.index(last), last_phase)
+        _arrived(k_full.index(last), last_phase, True)
         if PAIR:
             words = _member_words(members, 2 * last + HALF_INDEX, none, N)
-        fence_async_shared()
         ahead = warpgroup_mma(query, k_smem.index(last).permute((1, 0)), none, use_acc=False, is_async=True)
-        # The first keys are here, and the loader queued this before them; but copies that arrive promise nothing of
-        # ordinary stores, so it is waited for.
         mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
-        following = gl.load(queue + order % QUEUE)
+        following = gl.sum(queue.index(order % QUEUE).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         order += 1
         stage, phase = _next_buffer(last, last_phase, STAGES)
         logits = warpgroup_mma_wait(0, deps=(ahead,))
@@ -350,19 +379,19 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         if tiles <= MASKED:
             logits = _hide(logits, limit, N, S_ACC)
         top = gl.maximum(gl.max(logits, 1) * scale, NO_KEY)
+        _arrived(k_full.index(stage), phase, tiles > 1)
         weight = gl.exp2(logits * scale - top[:, None])
-        total = gl.sum(weight, 1)
+        total = _thread_sums(weight, N)
         part = gl.convert_layout(weight.to(dtype), P_OP)
         acc = gl.zeros([HALF, D], gl.float32, O_ACC)
         clear = gl.maximum(tiles - MASKED, 1)
         for t in range(1, tiles):
             acc, top, total, part, last, last_phase, stage, phase = _step(
                 acc, top, total, part, query, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty,
-                last, last_phase, stage, phase, scale, limit - t * N, t >= clear, HALF_INDEX, N, STAGES, PAIR,
-                S_ACC, O_ACC)  # fmt: skip
+                last, last_phase, stage, phase, scale, limit - t * N, t >= clear, t < tiles - 1, HALF_INDEX,
+                N, STAGES, PAIR, S_ACC, O_ACC)  # fmt: skip
         _fetch(query, Q, following, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
-        mbarrier.wait(v_full.index(last), last_phase)
-        fence_async_shared()
+        _arrived(v_full.index(last), last_phase, True)
         mixed = warpgroup_mma(part, v_smem.index(last), acc, is_async=True)
         count, limit = _limits(gl.minimum(following, items - 1), WORDS, COUNTS, blocks, heads, lists, width, q_len,
                                k_len, HALF_INDEX, R, CAUSAL, PAIR, ROWS)  # fmt: skip
@@ -372,6 +401,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
 
         b, h, bh, g = _item(item, blocks, heads)
         row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
+        total = gl.convert_layout(gl.sum(total, 1), ROWS, assert_trivial=True)
         empty = top <= NO_KEY
         total = gl.where(empty, 1.0, total)
         inverse = gl.where(empty, 0.0, 1.0 / total)
@@ -379,10 +409,8 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, k_full,
         inside = row < q_len
         lse = gl.where(empty, float("-inf"), (top + gl.log2(total)) * 0.6931471805599453)
         gl.store(LSE + b.to(gl.int64) * slb + h.to(gl.int64) * slh + row, lse, mask=inside)
-        lines = gl.convert_layout(row, gl.SliceLayout(1, O_ACC)).to(gl.int64)[:, None]
-        dims = gl.arange(0, D, gl.SliceLayout(0, O_ACC))
-        place = OUT + b.to(gl.int64) * sob + h.to(gl.int64) * soh + lines * son + dims[None, :]
-        gl.store(place, out.to(dtype), mask=lines < q_len)
+        base = OUT + b.to(gl.int64) * sob + h.to(gl.int64) * soh
+        _write(base, out.to(dtype), g * R + HALF_INDEX * HALF, son, q_len, D)
         item = following
 
 
@@ -407,6 +435,7 @@ def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
     queued = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     members = gl.allocate_shared_memory(gl.int32, [2 * STAGES, N // 32], flat)
+    queue = gl.allocate_shared_memory(gl.int32, [QUEUE, 1], flat)
     for i in gl.static_range(QUEUE):
         mbarrier.init(queued.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -417,14 +446,14 @@ def attend_kernel(Q, K, V, WORDS, COUNTS, RINGS, OUT, LSE,
     scale = scale * 1.4426950408889634
     gl.warp_specialize(
         [
-            (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
-                         Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
-                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, QUEUE, CAUSAL, PAIR)),
-            (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued,
-                         Q, WORDS, COUNTS, RINGS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
-                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, RING, QUEUE, CAUSAL, PAIR)),
-            (_loader, (k_smem, v_smem, members, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
-                       skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
+            (_consumer, (gl.constexpr(0), q_smem, k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty,
+                         queued, Q, WORDS, COUNTS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, QUEUE, CAUSAL, PAIR)),
+            (_consumer, (gl.constexpr(1), q_smem, k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty,
+                         queued, Q, WORDS, COUNTS, OUT, LSE, sqb, sqh, sqn, sob, soh, son, slb, slh, heads, q_len,
+                         k_len, width, blocks, lists, items, scale, D, R, N, STAGES, QUEUE, CAUSAL, PAIR)),
+            (_loader, (k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS,
+                       RINGS, skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
                        D, R, N, STAGES, SEG, RING, QUEUE, CAUSAL, PAIR)),
         ],
         [4, 4],

@@ -21,7 +21,7 @@ SPAN = 8192  # keys that a program of the selection owns at most, unless told ot
 START = 2.5  # tiles that could be done in the time that a program of the selection takes to start (fitted on an H100)
 WORDS = 128  # words decoded at a time by the attention, one a thread of its loader
 RING = 8192  # positions of the attention's ring: one decoding and the tiles in flight fit
-QUEUE = 16  # slots of the attention's queue of work items, behind each ring: more than its loader is ever ahead
+QUEUE = 16  # slots of the attention's queue of work items: more than its loader is ever ahead
 SHARED = 232_448  # bytes of shared memory that a program can have
 REGISTERS = 168  # per thread before the roles take their shares: 384 threads fill the register file
 
@@ -32,8 +32,8 @@ class AttendShape:
 
     step: int = 128
     stages: int = 3
-    consumer_registers: int = 216
-    loader_registers: int = 72
+    consumer_registers: int = 224
+    loader_registers: int = 56
     programs: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class AttendShape:
 
     def shared(self, dim: int) -> int:
         """Bytes of shared memory: both halves of the queries, K and V in flight, barriers, bits and scratch (1 KiB)."""
-        return 2 * dim * (BLOCK + 2 * self.stages * self.step) + 64 * self.stages + 8 * QUEUE + 1024
+        return 2 * dim * (BLOCK + 2 * self.stages * self.step) + 64 * self.stages + 12 * QUEUE + 1024
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     items = batch * heads * blocks
     programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
     counts = torch.empty(items + 1, dtype=torch.int32, device=query.device)  # the last one: items drawn so far
-    rings = torch.empty(programs * (RING + QUEUE), dtype=torch.int32, device=query.device)
+    rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
     with torch.cuda.device(query.device):
         count_kernel[(items,)](
             words, counts, words.shape[3], blocks, lists, BLOCK, q_len, selection.k_len, CAUSAL=selection.causal,

@@ -5,7 +5,8 @@ products that are done when they are waited for. What a kernel must not do fails
 (IndexError), a role that waits for ever (Deadlock), reading shared memory before its copy has arrived or after the
 buffer was given back (its values are NaN by then), a product used before it was waited for (RuntimeError).
 
-What it does not imitate: layouts, registers, the order of memory between threads of one role, rounding in a product.
+What it does not imitate: layouts, registers, proxies and their fences, the order of memory between threads of one role,
+rounding in a product.
 Programs run one after another, not side by side.
 """
 
@@ -26,6 +27,7 @@ import torch
 
 PATIENCE = 60.0  # seconds that a role may wait
 SLOW = 0.0  # seconds that a product, a copy or an arrival takes
+LATE = 0.0  # seconds that a copy takes besides
 THREADS = 128  # of a role
 
 
@@ -404,7 +406,7 @@ def load(path: Path) -> ModuleType:
     )  # fmt: skip
     copies = SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda left: _arrived(),
-        mbarrier_arrive=lambda barrier, increment_count: (time.sleep(SLOW), _arrived(), barrier.arrive(THREADS)),
+        mbarrier_arrive=lambda barrier, increment_count: (time.sleep(SLOW + LATE), _arrived(), barrier.arrive(THREADS)),
     )  # fmt: skip
     hopper = {
         "fence_async_shared": lambda: None, "mbarrier": mbarrier, "warpgroup_mma": _product,

@@ -181,16 +181,18 @@ def test_slabs_change_nothing(tensors: tuple[Tensor, Tensor, Tensor], monkeypatc
 
 @pytest.mark.parametrize("kind", targets.KINDS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_gpus_way_counts_the_same(
-    tensors: tuple[Tensor, Tensor, Tensor], kind: str, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several copies of each histogram, added up, and several key heads in a slab, here on the CPU."""
-    query, key, _ = tensors
+def test_a_gpus_way_counts_the_same(kind: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of each histogram, added up, key heads in a slab (two and one of three), keys in pieces, on the CPU."""
+    generator = torch.Generator().manual_seed(5)
+    query, key = (torch.randn(2, h, 300, 32, generator=generator) for h in (6, 3))
     rule = Rule(32, 128, 16, 16, "window", causal, 32**-0.5)
     plain = targets.histogram(query, key, kind, rule)
     monkeypatch.setitem(targets.COPIES, "cpu", targets.COPIES["cuda"])
+    monkeypatch.setattr(reference, "running_max", reference.doubling_max)
     assert torch.equal(targets.histogram(query, key, kind, rule), plain)
-    monkeypatch.setitem(targets.HEADS, "cpu", targets.HEADS["cuda"])
+    monkeypatch.setitem(targets.HEADS, "cpu", 2)
+    monkeypatch.setitem(targets.SLABS, "cpu", 16_000)  # two heads' scores, not their keys
+    monkeypatch.setattr(targets, "KEYS", 100)
     together = targets.histogram(query, key, kind, rule)
     assert (together.sum(-1) - plain.sum(-1)).abs().max() <= plain.sum(-1).max() * 1e-6
     assert (together - plain).abs().sum() <= plain.sum() * 1e-4  # a score can round into the next bin
@@ -201,7 +203,7 @@ def test_running_maximum(count: int) -> None:
     x = torch.randn(3, 7, count, generator=torch.Generator().manual_seed(count)).masked_fill(torch.eye(7, count) > 0, 9)
     x[1, 2:4, count // 2] = torch.tensor([torch.nan, -torch.inf])
     before = x.clone()
-    torch.testing.assert_close(reference.running_max(x), torch.cummax(x, -1)[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(reference.doubling_max(x), torch.cummax(x, -1)[0], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(x.isnan(), before.isnan()) and torch.equal(x.nan_to_num(), before.nan_to_num())
 
 

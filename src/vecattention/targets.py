@@ -36,7 +36,7 @@ UNIT = 2.0**30
 SLABS = {"cpu": 2**22, "cuda": 2**24}  # scores held at once
 HEADS = {"cpu": 1, "cuda": 8}  # key heads in a slab at most: few launches on a GPU, the cache on a CPU
 COPIES = {"cpu": 1, "cuda": 16}  # of each head's histogram: atomic additions to a bin that many keys share wait
-KEYS = 2**14  # keys of a head made wide at once, where a slab does not hold them all
+KEYS = 2**14  # keys of a head made wide at once, where all of them are more numbers than a slab
 
 
 def alpha_for(query: Tensor, key: Tensor, target: Tensor, kind: str, rule: spec.Rule) -> Tensor:
@@ -108,18 +108,20 @@ def histogram(query: Tensor, key: Tensor, kind: str, rule: spec.Rule) -> Tensor:
     scores, together, copies = (_on(query.device, most) for most in (SLABS, HEADS, COPIES))
     blocks = max(1, scores // (share * rule.rows_per_block * k_len))
     together = max(1, min(together, blocks // max(1, -(-q_len // rule.q_block_size))))
-    found = torch.zeros(batch, heads, copies, 1 + BINS, dtype=torch.int64, device=query.device)
+    found = torch.zeros(batch, heads, 1 + BINS, dtype=torch.int64, device=query.device)
     for b in range(batch):
         for kv_head in range(0, kv_heads, together):
             span = slice(kv_head * share, (kv_head + together) * share)
             keys = key[b, kv_head : kv_head + together]
+            part = found.new_zeros(len(keys) * share, copies, 1 + BINS)
             if keys.numel() <= scores:
                 keys = keys.to(torch.promote_types(key.dtype, torch.float32))
             for first in range(0, q_len, blocks * rule.q_block_size):
                 rows = query[b : b + 1, span, first : first + blocks * rule.q_block_size]
                 number, weight = _slab(rows, keys, first, q_len, kind, rule)
-                _add(found[b, span], number, weight)
-    return found.sum(2)
+                _add(part, number, weight)
+            found[b, span] = part.sum(1)
+    return found
 
 
 def _on(device: torch.device, most: dict[str, int]) -> int:
@@ -171,7 +173,7 @@ def _scores(pooled: Tensor, key: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: spec.Rule, fill: float) -> Tensor:
-    """[G, pooled rows, Sk] -> [G, blocks, R / P, Sk], a view where the rows fill their blocks."""
+    """[H, pooled rows, Sk] -> [H, blocks, R / P, Sk], a view where the rows fill their blocks."""
     missing = -x.shape[1] % rule.rows_per_block
     whole = F.pad(x, (0, 0, 0, missing), value=fill) if missing else x
     return torch.unflatten(whole, 1, (-1, rule.rows_per_block))
@@ -188,7 +190,10 @@ def _pairs(first: int, count: int, q_len: int, k_len: int, rule: spec.Rule, devi
 
 
 def _add(found: Tensor, number: Tensor, weight: Tensor) -> None:
-    """Add the weights [H, blocks, Sk] of bins -1 and up to found [H, copies, 1 + BINS], neighbours to other copies."""
+    """Add the weights [H, blocks, Sk] of bins -1 and up to found [H, copies, 1 + BINS], neighbours to other copies.
+
+    The bins are overwritten.
+    """
     copies = found.shape[1]
     if copies > 1:
         entry = torch.arange(number.shape[-1], device=number.device) % copies * (1 + BINS) + 1

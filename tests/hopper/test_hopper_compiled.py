@@ -82,6 +82,8 @@ def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tm
     assert shown.count("HGMMA") == 2 * 2 * (dim // 16 + 8), "of two consumers the first scores, a step, the last values"
     assert "LDGSTS.E.BYPASS.128" in shown and "USETMAXREG" in shown
     assert "HMMA.16" not in shown.replace("HGMMA", "")
+    waits = 5  # of a consumer: first keys, second keys; in a step values and the next keys; last values
+    assert shown.count("FENCE.VIEW.ASYNC") >= 2 * waits, "of two consumers, each wait has its fence"
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -283,6 +283,10 @@ ATTEND_MUTANTS: dict[str, tuple[str, ...]] = {
         "is_async=True)\n    _arrived(v_full.index(last), last_phase, True)\n    mixed",
         "is_async=True)\n    mixed",
     ),
+    "the last values are not waited for": (
+        "        _arrived(v_full.index(last), last_phase, True)\n        mixed",
+        "        mixed",
+    ),
     "the next keys are not waited for": ("    _arrived(k_full.index(later), later_phase, more)\n", ""),
     "values are those of the keys ahead": (
         "v_phase, v_base, gone, svn, D, N,\n",
@@ -332,8 +336,9 @@ def test_the_emulator_sees_what_the_attention_does_wrong(
     monkeypatch.setattr(gluon_emulator, "SLOW", 0.002)
     query, key, value = tensors(2, 1, 400, 500)
     generator = torch.Generator().manual_seed(1)
-    for block in (64, 128):
-        kept = torch.rand(1, 2, -(-400 // block), 500, generator=generator) < 0.5
+    for block, density, late in ((64, 0.5, 0.0), (128, 0.5, 0.0), (128, 0.5, 0.03), (128, 0.08, 0.05)):  # single tiles
+        monkeypatch.setattr(gluon_emulator, "LATE", late)
+        kept = torch.rand(1, 2, -(-400 // block), 500, generator=generator) < density
         selection = spec.Selection(bits.pack(kept), 400, 500, block, True)
         out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
         shape = launch.AttendShape(step=64, stages=2, programs=3)

@@ -279,8 +279,8 @@ def _next_buffer(stage, phase, STAGES: gl.constexpr):
 def _arrived(full, phase, wanted):
     """Wait until a buffer is full, if it is ``wanted`` at all.
 
-    The tensor cores read by another path than copies write: hence the fence. It takes its time, so that both are placed
-    where a product is running.
+    The tensor cores read by another path than copies write: hence the fence. It takes its time; in `_step` a product
+    runs meanwhile.
     """
     mbarrier.wait(full, phase, pred=wanted)
     fence_async_shared()
@@ -368,6 +368,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, queue, 
         if PAIR:
             words = _member_words(members, 2 * last + HALF_INDEX, none, N)
         ahead = warpgroup_mma(query, k_smem.index(last).permute((1, 0)), none, use_acc=False, is_async=True)
+        # Queued before the first keys were copied; but copies that arrive promise nothing of ordinary stores.
         mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
         following = gl.sum(queue.index(order % QUEUE).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         order += 1

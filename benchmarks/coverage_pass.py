@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 from vecattention import targets
@@ -39,7 +40,7 @@ def main() -> None:
     source = Source(case_of(args.case), args.device)
     steps: list[record.Step] = [
         ({"study": "coverage pass", **source.key, "rule": rule, "kind": kind, "lists": lists},
-         lambda rule=rule, kind=kind, lists=lists: measure(source, rule, kind, lists))
+         partial(measure, source, rule, kind, lists))
         for rule, kind, lists in itertools.product(RULES, targets.KINDS, (0, SAMPLE))
     ]  # fmt: skip
     for row in record.run(args.out, steps):

@@ -19,7 +19,7 @@ def test_it_prints_the_problem_the_rule_the_choice_and_the_reasons() -> None:
     assert lines[0] == "problem    B=2 H=4 Hkv=2 Sq=1000 Sk=1500 D=32 float32 on cpu, causal"
     assert lines[1] == "rule       P=32 R=128 B=16 G=5 scope=window"
     assert lines[2] == "backend    cpu"
-    assert lines[3] == "chunk      256 queries at once, 0.0 MiB of selection bits"
+    assert lines[3] == "chunk      256 queries of 8 heads at once, 0.0 MiB of selection bits"
     assert plan.workspace == 2 * 2 * 4 * 47 * 4
     assert [line.split()[0] for line in lines[4:]] == list(dispatch.BACKENDS)
     assert "cpu        could run it" in lines and "reference  could run it" in lines
@@ -55,15 +55,27 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Monke
     ("asked", "got"), [(0, 1024), (1, 64), (63, 64), (64, 64), (200, 192), (1000, 960), (1024, 1024), (10**12, 1024)]
 )
 def test_chunks_are_whole_blocks_and_at_least_one(asked: int, got: int) -> None:
-    assert dispatch.chunk_for(Problem.of(QUERY, KEY, Rule()), asked) == got
+    problem = Problem.of(QUERY, KEY, Rule())
+    assert dispatch.chunk_for(problem, asked) == dispatch.Chunk(problem.batch * problem.heads, got)
 
 
 def test_a_long_problem_is_cut_so_that_its_bits_fit() -> None:
-    problem = Problem(1, 28, 4, 2**17, 2**17, 128, torch.bfloat16, torch.device("cuda"), Rule())
-    chunk = dispatch.chunk_for(problem, 0)
-    blocks = chunk // 64
-    assert blocks * dispatch.bytes_per_block(problem) <= dispatch.WORKSPACE["cuda"]
-    assert (blocks + 1) * dispatch.bytes_per_block(problem) > dispatch.WORKSPACE["cuda"]
+    """Whole heads where they fit, as many as do, and else queries of one head."""
+    room = dispatch.WORKSPACE["cuda"]
+    for rows, heads, kv_heads, block, wanted in (
+        (2**17, 28, 4, 128, dispatch.Chunk(3, 2**17)),
+        (75_600, 40, 40, 128, dispatch.Chunk(8, 591 * 128)),
+        (2**15, 28, 4, 64, dispatch.Chunk(14, 2**15)),
+        (2**20, 28, 4, 64, dispatch.Chunk(1, 3 * 2**13)),
+    ):
+        rule = Rule(q_block_size=block)
+        problem = Problem(1, heads, kv_heads, rows, rows, 128, torch.bfloat16, torch.device("cuda"), rule)
+        chunk = dispatch.chunk_for(problem, 0)
+        assert chunk == wanted
+        assert dispatch.bits_held(problem, chunk) <= room
+        parts = list(dispatch.parts(problem, chunk))
+        assert max(h.stop - h.start for _, h, *_ in parts) == chunk.heads
+        assert sum((h.stop - h.start) * (q.stop - q.start) for _, h, _, q, _ in parts) == heads * rows
 
 
 def test_auto_prefers_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,11 +218,12 @@ def test_too_little_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch
 
     query = torch.randn(1, 2, 512, 32)
     problem = Problem.of(query, query, rule_of(32))
-    out = 2 * 512 * (32 * 4 + 4)
+    out, block = 2 * 512 * (32 * 4 + 4), dispatch.workspace(problem, dispatch.Chunk(2, 64))
     monkeypatch.setattr(cpu, "select", full)
-    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out + 2 * dispatch.workspace(problem, 64))
+    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out + 2 * block)
     said = (
-        r"^CUDA out of memory\. Tried to allocate 2 GiB\. In vec_attention .*chunk_size=512 .*; chunk_size=64 would fit"
+        r"^CUDA out of memory\. Tried to allocate 2 GiB\. In vec_attention .* 512 queries of 2 heads .*; "
+        r"chunk_size=64 would fit"
     )
     with pytest.raises(torch.OutOfMemoryError, match=said):
         vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import brute
 import pytest
@@ -17,7 +18,7 @@ from strategies import LAYOUTS, Problem, laid_out, problems, sample
 from tolerance import Exact
 
 import vecattention as va
-from vecattention import bits
+from vecattention import bits, dispatch
 from vecattention.ops import counted
 
 BACKENDS = ("reference", "cpu")
@@ -88,11 +89,14 @@ def test_two_halves_merge_by_lse_into_the_whole(problem: Problem, cut: float) ->
         assert (lse[~seen] == -torch.inf).all()
 
 
-@given(problem=problems(dtypes=(*HALVES, torch.float64)), chunk=st.one_of(st.integers(1, 400), st.just(10**9)))
+@given(problem=problems(dtypes=(*HALVES, torch.float64)), chunk=st.one_of(st.integers(1, 400), st.just(10**9)),
+       workspace=st.integers(1, 4000))  # fmt: skip
 @settings(max_examples=60)
-def test_chunks_change_no_bit(problem: Problem, chunk: int) -> None:
+def test_chunks_change_no_bit(problem: Problem, chunk: int, workspace: int) -> None:
     whole = _run(problem, "cpu", chunk_size=10**9)
     assert all(map(torch.equal, _run(problem, "cpu", chunk_size=chunk), whole))
+    with mock.patch.dict(dispatch.WORKSPACE, {"cpu": workspace}):  # whole heads, one head, or a part of its queries
+        assert all(map(torch.equal, _run(problem, "cpu"), whole))
     assert all(map(torch.equal, _run(problem, "cpu"), whole))
     assert all(map(torch.equal, _attend(problem, _select(problem, "cpu"), "cpu"), whole))
 

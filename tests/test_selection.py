@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -78,6 +79,21 @@ def test_chunks_of_queries_cover_each_row_once_and_end_at_their_own_position(
     assert [i for rows, _ in parts for i in range(rows.start, rows.stop)] == list(range(q_len))
     for rows, keys in parts:
         assert (keys.start, keys.stop) == (0, rows.stop + more if causal else q_len + more)
+
+
+@given(
+    batch=st.integers(1, 5), kv_heads=st.integers(1, 6), group=st.integers(1, 8), most=st.integers(1, 300)
+)  # fmt: skip
+def test_chunks_of_heads_cover_each_head_once_with_its_own_keys(
+    batch: int, kv_heads: int, group: int, most: int
+) -> None:
+    parts = list(spec.head_chunks(batch, kv_heads * group, kv_heads, most))
+    found = [(b, h) for bs, hs, _ in parts for b in range(bs.start, bs.stop) for h in range(hs.start, hs.stop)]
+    assert found == list(itertools.product(range(batch), range(kv_heads * group)))
+    for bs, hs, ks in parts:
+        heads, keys = hs.stop - hs.start, ks.stop - ks.start
+        assert (bs.stop - bs.start) * heads <= most
+        assert all((hs.start + i) // group == ks.start + i // (heads // keys) for i in range(heads))
 
 
 def test_density_of_a_long_selection_is_exact_in_float32() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ HOPPER_ROWS = 128
 HINT = (
     "lists for 128 rows (q_block_size=128) run 1.2 to 2 times as fast for each pair: docs/decisions/pool-and-share.md"
 )
-WORKSPACE = {"cpu": 8 * 2**20, "cuda": 40 * 2**20}  # bytes of bits that a chunk of queries may hold
+WORKSPACE = {"cpu": 8 * 2**20, "cuda": 48 * 2**20}  # bytes of bits that a chunk may hold
 
 
 class Backend(Protocol):
@@ -29,6 +30,17 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """What `vec_attention` handles at once: ``rows`` queries (a multiple of R) of ``heads`` query heads.
+
+    ``heads`` counts those of all batch rows.
+    """
+
+    heads: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Which backend a call would use and why not the others; printable.
 
@@ -36,6 +48,7 @@ class Explanation:
         backend: name of the backend that would run, or None when none can.
         reasons: for each backend, its reasons against this problem (empty: it could run it).
         chunk_size: queries handled at once.
+        chunk_heads: query heads handled at once, those of all batch rows counted.
         workspace: bytes of selection bits that a chunk holds.
         problem: the shapes, dtype and device asked about.
         crossovers: what the GPU's profile knows of the lengths from which on such calls are faster than dense ones.
@@ -44,6 +57,7 @@ class Explanation:
     backend: str | None
     reasons: dict[str, tuple[str, ...]]
     chunk_size: int
+    chunk_heads: int
     workspace: int
     problem: spec.Problem
     crossovers: tuple[profile.Crossover, ...] = ()
@@ -56,7 +70,8 @@ class Explanation:
             f"rule       P={rule.q_pooling_size} R={rule.q_block_size} B={rule.k_local_size} "
             f"G={rule.group_k_block} scope={rule.max_scope}",
             f"backend    {self.backend or 'none can run this'}",
-            f"chunk      {self.chunk_size} queries at once, {self.workspace / 2**20:.1f} MiB of selection bits",
+            f"chunk      {min(self.chunk_size, p.q_len)} queries of {self.chunk_heads} heads at once, "
+            f"{self.workspace / 2**20:.1f} MiB of selection bits",
         ]
         for name, why in self.reasons.items():
             lines.append(f"{name:<10} {'could run it' if not why else 'cannot: ' + '; '.join(why)}")
@@ -122,40 +137,73 @@ def check(name: str) -> None:
         raise ValueError(f"backend is {name!r}, wanted 'auto' or one of {BACKENDS}; explain(query, key) lists them")
 
 
-def chunk_for(problem: spec.Problem, asked: int) -> int:
-    """Queries handled at once: what was asked (0: as many as the workspace allows), a multiple of R, at least R."""
-    block = problem.rule.q_block_size
-    if not asked:
-        budget = WORKSPACE.get(problem.device.type, WORKSPACE["cuda"])
-        asked = budget // bytes_per_block(problem) * block
-        tile = POOLED_ROWS * problem.rule.q_pooling_size  # the GPU selection works on whole tiles of pooled rows
-        asked = asked // tile * tile or asked
-    return max(block, min(asked, problem.q_len + block - 1) // block * block)
+def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
+    """What is handled at once: ``asked`` queries of all heads, or (0) as many whole heads as the workspace allows.
+
+    All queries of few heads rather than few queries of all heads: their keys and values then stay in a GPU's cache.
+    Queries are cut where not even one head fits.
+    """
+    block, all_heads = problem.rule.q_block_size, problem.batch * problem.heads
+    blocks = -(-problem.q_len // block)
+    if asked:
+        return Chunk(all_heads, max(1, min(asked // block, blocks)) * block)
+    fits = WORKSPACE.get(problem.device.type, WORKSPACE["cuda"]) // bytes_per_block(problem)  # blocks of one head
+    if fits >= blocks:
+        sizes = spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, fits // blocks)
+        most = max((b.stop - b.start) * (h.stop - h.start) for b, h, _ in sizes)
+        return Chunk(most, blocks * block)
+    tile = POOLED_ROWS * problem.rule.q_pooling_size  # the GPU selection works on whole tiles of pooled rows
+    rows = fits * block
+    return Chunk(1, max(block, rows // tile * tile or rows))
+
+
+class Part(NamedTuple):
+    """Where a chunk lies in the tensors."""
+
+    batch: slice
+    heads: slice
+    kv_heads: slice
+    rows: slice
+    keys: slice
+
+
+def parts(problem: spec.Problem, chunk: Chunk) -> Iterator[Part]:
+    """The chunks of a problem."""
+    for heads in spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, chunk.heads):
+        for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, chunk.rows, problem.rule.causal):
+            yield Part(*heads, rows, keys)
 
 
 def bytes_per_block(problem: spec.Problem) -> int:
-    """Bytes of selection bits of one block of queries, all heads."""
-    return problem.batch * problem.heads * bits.words_for(problem.k_len) * 4
+    """Bytes of selection bits of one block of queries of one head."""
+    return bits.words_for(problem.k_len) * 4
 
 
-def workspace(problem: spec.Problem, chunk: int) -> int:
-    """Bytes that a chunk of so many queries takes beside the tensors and the output: bits and pooled queries."""
-    rule, rows = problem.rule, min(chunk, problem.q_len)
-    pooled = -(-rows // rule.q_pooling_size) * problem.batch * problem.heads * (problem.head_dim * 4 + 4)
-    return -(-rows // rule.q_block_size) * bytes_per_block(problem) + pooled
+def workspace(problem: spec.Problem, chunk: Chunk) -> int:
+    """Bytes that a chunk takes beside the tensors and the output: bits and pooled queries."""
+    pooled = -(-min(chunk.rows, problem.q_len) // problem.rule.q_pooling_size) * (problem.head_dim * 4 + 4)
+    return bits_held(problem, chunk) + pooled * chunk.heads
 
 
-def out_of_memory(problem: spec.Problem, chunk: int, free: int) -> str:
+def bits_held(problem: spec.Problem, chunk: Chunk) -> int:
+    """Bytes of selection bits of a chunk."""
+    blocks = -(-min(chunk.rows, problem.q_len) // problem.rule.q_block_size)
+    return chunk.heads * blocks * bytes_per_block(problem)
+
+
+def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int) -> str:
     """What to say when a device has no room for a call in such chunks and ``free`` bytes are left on it."""
-    block, out = problem.rule.q_block_size, problem.batch * problem.heads * problem.q_len
-    size = out * (problem.head_dim * problem.dtype.itemsize + 4)
-    left = max(0, free - size)
-    fits = int(0.8 * left) // max(workspace(problem, block), 1) * block  # the allocator's rounding has to fit, too
+    block, heads = problem.rule.q_block_size, problem.batch * problem.heads
+    size = heads * problem.q_len * (problem.head_dim * problem.dtype.itemsize + 4)
+    left, wanted = max(0, free - size), workspace(problem, chunk)
+    per_block = max(workspace(problem, Chunk(heads, block)), 1)
+    fits = int(0.8 * left) // per_block * block  # the allocator's rounding has to fit, too
     said = (
-        f"{free / 2**20:.0f} MiB are free, the output takes {size / 2**20:.0f} and chunk_size={chunk} about "
-        f"{workspace(problem, chunk) / 2**20:.0f}"
+        f"{free / 2**20:.0f} MiB are free, the output takes {size / 2**20:.0f} and {chunk.rows} queries of "
+        f"{chunk.heads} heads at once about {wanted / 2**20:.0f}"
     )
-    remedy = f"chunk_size={fits} would fit" if 0 < fits < chunk else "free memory, or handle fewer heads at once"
+    fits = min(fits, (wanted - 1) // per_block * block)  # less than what did not fit
+    remedy = f"chunk_size={fits} would fit" if fits > 0 else "free memory, or handle fewer heads at once"
     return f"{said}; {remedy}"
 
 
@@ -166,8 +214,7 @@ def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation
     reasons = {name: why_not(name, problem) for name in names}
     chosen = next((name for name, why in reasons.items() if not why), None)
     chunk = chunk_for(problem, chunk_size)
-    blocks = -(-min(chunk, problem.q_len) // problem.rule.q_block_size)
     kind = (problem.rule.causal, problem.rule.q_block_size)
     known = [c for c in profile.of(problem.device).crossovers if (c.causal, c.q_block_size) == kind]
     crossovers = tuple(sorted(known, key=lambda c: c.density))
-    return Explanation(chosen, reasons, chunk, blocks * bytes_per_block(problem), problem, crossovers)
+    return Explanation(chosen, reasons, chunk.rows, chunk.heads, bits_held(problem, chunk), problem, crossovers)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vecattention import bits, checks, dispatch, machine, spec, targets
+from vecattention import bits, checks, dispatch, machine, targets
 from vecattention.spec import Problem, Rule, Selection
 
 
@@ -149,7 +149,8 @@ def vec_attention(
     r"""Vector-sparse attention: ``attend(query, key, value, select(query, key, ...))`` in bounded memory.
 
     Arguments, shapes and errors are those of `select` and `attend`. The queries are handled ``chunk_size`` at a time
-    (rounded to whole blocks; None bounds the workspace by itself); the result does not depend on it.
+    (rounded to whole blocks; None bounds the workspace by itself, whole heads at a time where they fit); the result
+    does not depend on it.
 
     Returns:
         [B, H, Sq, D] in the input dtype; with return_lse also the natural-log log-sum-exp, float32 [B, H, Sq].
@@ -356,13 +357,15 @@ def _vec_attention(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kin
         out, lse = _outputs(query)
         kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
         alpha = _alpha(query, key, limit, kind, rule)
-        for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, size, causal):
-            q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
-            selection = Selection(chosen.select(q, k, alpha, rule), q.shape[2], k.shape[2], block, causal)
-            chosen.attend(q, k, v, selection, scale, out[:, :, rows], lse[:, :, rows])
+        for part in dispatch.parts(problem, size):
+            rows, keys = (part.batch, part.heads, part.rows), (part.batch, part.kv_heads, part.keys)
+            q, k = query[rows], key[keys]
+            words = chosen.select(q, k, alpha[part.batch, part.heads], rule)
+            selection = Selection(words, q.shape[2], k.shape[2], block, causal)
+            chosen.attend(q, k, value[keys], selection, scale, out[rows], lse[rows])
             if count:
-                kept += selection.kept_pairs()
-            del selection  # so that two chunks' bits are never held at once
+                kept[part.batch, part.heads] += selection.kept_pairs()
+            del words, selection  # so that two chunks' bits are never held at once
     return out, lse, kept
 
 
@@ -384,7 +387,7 @@ def _alpha(query: Tensor, key: Tensor, limit: Tensor, kind: str, rule: Rule) -> 
 
 
 @contextlib.contextmanager
-def _memory(problem: Problem, chunk: int) -> Iterator[None]:
+def _memory(problem: Problem, chunk: dispatch.Chunk) -> Iterator[None]:
     """Where a GPU runs out of memory, say how much a chunk needs and which size would fit."""
     try:
         yield

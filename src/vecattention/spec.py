@@ -190,6 +190,41 @@ def allowed_pairs(q_len: int, k_len: int, causal: bool) -> int:
     return q_len * k_len - q_len * (q_len - 1) // 2 if causal else q_len * k_len
 
 
+def head_chunks(batch: int, heads: int, kv_heads: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices (batch, query heads, key heads) that split a problem into smaller ones of the same kind.
+
+    None has more than ``most`` (at least 1) query heads, all batch rows counted, and they are of much the same size.
+    Query heads that share a key head stay together as far as that allows.
+
+    >>> [(q, k) for _, q, k in head_chunks(1, 6, 2, 4)]
+    [(slice(0, 3, None), slice(0, 1, None)), (slice(3, 6, None), slice(1, 2, None))]
+    """
+    group = heads // kv_heads
+    if most >= heads:
+        for rows in even(batch, most // heads):
+            yield rows, slice(0, heads), slice(0, kv_heads)
+        return
+    for b in range(batch):
+        if most >= group:
+            for keys in even(kv_heads, most // group):
+                yield slice(b, b + 1), slice(keys.start * group, keys.stop * group), keys
+            continue
+        for k in range(kv_heads):
+            for part in even(group, most):
+                yield slice(b, b + 1), slice(k * group + part.start, k * group + part.stop), slice(k, k + 1)
+
+
+def even(count: int, most: int) -> Iterator[slice]:
+    """As few slices of ``count`` things as hold at most ``most`` each, of sizes that differ by one at most.
+
+    >>> list(even(7, 3))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
+    """
+    parts = -(-count // most)
+    for i in range(parts):
+        yield slice(i * count // parts, (i + 1) * count // parts)
+
+
 def query_chunks(q_len: int, k_len: int, chunk: int, causal: bool) -> Iterator[tuple[slice, slice]]:
     """Slices (queries, keys) that split a problem into smaller problems of the same kind with the same answer.
 

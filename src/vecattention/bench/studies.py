@@ -58,20 +58,17 @@ def selection(source: Source, pool: int, block: int, scope: str, backend: str) -
     """
     case, (query, key, _) = source.case, source.tensors()
     rule: dict[str, Any] = {"q_pooling_size": pool, "q_block_size": block, "max_scope": scope}
-    size = _chunk(query, key, case.causal, rule)
-    offset = case.k_len - case.q_len
+    problem, size = _chunk(query, key, case.causal, rule)
 
     def call() -> None:
-        for first in range(0, case.q_len, size):
-            last = min(first + size, case.q_len)
-            keys = key[:, :, : last + offset] if case.causal else key
-            vecattention.select(query[:, :, first:last], keys, causal=case.causal, backend=backend, **rule)
+        for b, h, g, rows, keys in dispatch.parts(problem, size):
+            vecattention.select(query[b, h, rows], key[b, g, keys], causal=case.causal, backend=backend, **rule)
 
     time = measure(call, device=source.device)
     replayed = measure(graphed(call)) if source.device.startswith("cuda") else time
     return {
         "study": "selection", "case": case.name, "pool": pool, "block": block, "scope": scope, "backend": backend,
-        "chunk": size, **time.record(), "ms_graph": round(replayed.median, 4),
+        "chunk": size.rows, "chunk_heads": size.heads, **time.record(), "ms_graph": round(replayed.median, 4),
         "tflops": tflops(case.dense_flop / (2 * pool), replayed.median),
     }  # fmt: skip
 
@@ -134,21 +131,19 @@ def tflops(flop: float, ms: float) -> float:
 
 def _density(query: Tensor, key: Tensor, theta: float, rule: dict[str, Any]) -> float:
     """Mean density over all rows, chunk by chunk."""
-    size = _chunk(query, key, rule["causal"], {k: v for k, v in rule.items() if k != "causal"})
-    q_len, k_len = query.shape[2], key.shape[2]
-    kept, offset = torch.zeros((), dtype=torch.int64, device=query.device), k_len - q_len
-    for first in range(0, q_len, size):
-        last = min(first + size, q_len)
-        keys = key[:, :, : last + offset] if rule["causal"] else key
-        part: Selection = vecattention.select(query[:, :, first:last], keys, threshold=theta, **rule)
+    problem, size = _chunk(query, key, rule["causal"], {k: v for k, v in rule.items() if k != "causal"})
+    kept = torch.zeros((), dtype=torch.int64, device=query.device)
+    for b, h, g, rows, keys in dispatch.parts(problem, size):
+        part: Selection = vecattention.select(query[b, h, rows], key[b, g, keys], threshold=theta, **rule)
         kept += part.kept_pairs().sum()
-    pairs = vecattention.spec.allowed_pairs(q_len, k_len, rule["causal"]) * query.shape[0] * query.shape[1]
-    return float(kept) / pairs
+    pairs = vecattention.spec.allowed_pairs(problem.q_len, problem.k_len, rule["causal"])
+    return float(kept) / (pairs * problem.batch * problem.heads)
 
 
-def _chunk(query: Tensor, key: Tensor, causal: bool, rule: dict[str, Any]) -> int:
+def _chunk(query: Tensor, key: Tensor, causal: bool, rule: dict[str, Any]) -> tuple[Problem, dispatch.Chunk]:
+    """The problem, and what a call would handle of it at once."""
     problem = Problem.of(query, key, ops.rule_of(query.shape[3], causal=causal, **rule))
-    return dispatch.chunk_for(problem, 0)
+    return problem, dispatch.chunk_for(problem, 0)
 
 
 def _explained(query: Tensor, key: Tensor, causal: bool, rule: dict[str, Any]) -> str | None:

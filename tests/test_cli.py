@@ -108,7 +108,9 @@ def test_explain_takes_every_part_of_the_rule(capsys: pytest.CaptureFixture[str]
     words += " --group-k-block 4 --max-scope row --chunk-size 128 --backend cpu"
     assert cli.main(["explain", *words.split()]) == 0
     told = capsys.readouterr().out
-    assert "P=32 R=128 B=32 G=4 scope=row" in told and "non-causal" in told and "chunk      100 queries of 4 heads" in told
+    assert (
+        "P=32 R=128 B=32 G=4 scope=row" in told and "non-causal" in told and "chunk      100 queries of 4 heads" in told
+    )
 
 
 @pytest.mark.parametrize(

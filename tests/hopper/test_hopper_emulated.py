@@ -31,7 +31,7 @@ class Pool:
     """In place of `launch.pool_kernel`, which is plain Triton."""
 
     def __getitem__(self, grid: object) -> Any:
-        def run(query: Tensor, high: Tensor, low: Tensor, *given: Any, D: int, P: int) -> None:
+        def run(query: Tensor, high: Tensor, low: Tensor, *given: Any, D: int, P: int, num_warps: int) -> None:
             scale = given[-1]
             mean = (reference.pooled_queries(query, P) * scale).reshape(high.shape)
             high.copy_(mean)
@@ -196,11 +196,12 @@ def test_every_word_of_a_selection_is_written(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch, "empty", dirty)
     for scope in ("window", "row"):
-        query, key, _ = tensors(2, 1, 700, 901)
-        asked = rule_of(64, causal=False, q_pooling_size=32, q_block_size=128, max_scope=scope)
-        alpha = torch.tensor([[0.1, 0.6]])
-        found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256))
-        assert int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum()) <= 1
+        for causal, pool, block in ((False, 32, 128), (True, 32, 128), (True, 16, 16), (True, 16, 128)):
+            query, key, _ = tensors(2, 1, 2500 if pool == 16 else 700, 2600 if pool == 16 else 901)
+            asked = rule_of(64, causal=causal, q_pooling_size=pool, q_block_size=block, max_scope=scope)
+            alpha = torch.tensor([[0.1, 0.6]])
+            found = launch.select(query, key, alpha, asked, launch.SelectShape(span=768 if pool == 16 else 256))
+            assert int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum()) <= 1
 
 
 @pytest.mark.parametrize("stages", [2, 3])

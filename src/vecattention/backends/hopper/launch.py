@@ -96,8 +96,8 @@ def _shares(consumer: int, loader: int) -> None:
 
 @triton.jit
 def pool_kernel(Q, HIGH, LOW, sqb, sqh, sqn, heads, q_len, pooled_rows, scale, D: tl.constexpr, P: tl.constexpr):
-    """HIGH + LOW = scale * mean of a block's real queries, as two numbers of Q's type; grid (pooled rows, B * H)."""
-    g, bh = tl.program_id(0), tl.program_id(1)
+    """HIGH + LOW = scale * mean of a block's real queries, as two numbers of Q's type; grid (pooled rows * B * H)."""
+    g, bh = tl.program_id(0) % pooled_rows, tl.program_id(0) // pooled_rows
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     row, dims = g * P + tl.arange(0, P), tl.arange(0, D)
     place = Q + b * sqb + h * sqh + row.to(tl.int64)[:, None] * sqn + dims[None, :]
@@ -155,8 +155,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     span = min(span, -(-k_len // TILE) * TILE)
     segments = -(-k_len // span)
     high, low = query.new_empty(2, batch * heads, rows, dim)
-    fill = torch.zeros if rule.causal else torch.empty  # in causal mode what no row can see is not written
-    words = fill((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
+    words = torch.empty((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
     tops = torch.empty((batch, heads, rows, segments if row_scope else 0), device=query.device)
     limits = alpha.contiguous()
 
@@ -170,8 +169,8 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
         )  # fmt: skip
 
     with torch.cuda.device(query.device):
-        pool_kernel[(rows, batch * heads)](
-            query, high, low, *_strides(query), heads, q_len, rows, rule.scale, D=dim, P=pool
+        pool_kernel[(rows * batch * heads,)](
+            query, high, low, *_strides(query), heads, q_len, rows, rule.scale, D=dim, P=pool, num_warps=2
         )
         if row_scope:
             tops.fill_(-torch.inf)

@@ -36,8 +36,29 @@ def _copy(smem, base, row, stride, D: gl.constexpr):
 
 
 @gluon.jit
-def _loader(k_smem, k_full, k_empty, k_base, skn, k_len, lo, hi, D: gl.constexpr, N: gl.constexpr,
-            STAGES: gl.constexpr):  # fmt: skip
+def _clear(words_base, first_block, blocks, width, first, end, ROWS: gl.constexpr):
+    """Write words without a bit for the keys from ``first`` (a multiple of 32) up to ``end``."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    block = first_block + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    place = words_base + (block.to(gl.int64) * width)[:, None]
+    none = gl.zeros([ROWS, 32], gl.int32, layout)
+    for word in range(first // 32, (end + 31) // 32, 32):
+        at = word + gl.arange(0, 32, gl.SliceLayout(0, layout))
+        gl.store(place + at[None, :], none, mask=(block < blocks)[:, None] & (at * 32 < end)[None, :])
+
+
+@gluon.jit
+def _seen(lo, hi, first_row, offset, P: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr):
+    """Tiles from key ``lo`` up to ``hi`` and, in causal mode, up to the last of the 64 rows' own keys."""
+    end = gl.minimum(hi, (first_row + HALF) * P + offset) if CAUSAL else hi
+    return end, gl.maximum((end - lo + N - 1) // N, 0)
+
+
+@gluon.jit
+def _loader(k_smem, k_full, k_empty, k_base, skn, WORDS, bh, tile_row, k_len, offset, width, blocks, lo, hi, stop,
+            D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+            CLEAR: gl.constexpr):  # fmt: skip
+    """CLEAR: also write the words of keys that no consumer looks at."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     tile = 0
     for first in range(lo, hi, N):
@@ -47,6 +68,12 @@ def _loader(k_smem, k_full, k_empty, k_base, skn, k_len, lo, hi, D: gl.constexpr
         _copy(k_smem.index(stage), k_base, row, skn, D)
         async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
         tile += 1
+    if CLEAR:
+        words_base = WORDS + bh.to(gl.int64) * blocks * width
+        for half in gl.static_range(2):
+            first_row = tile_row * 2 * HALF + half * HALF
+            end, tiles = _seen(lo, hi, first_row, offset, P, N, True)
+            _clear(words_base, first_row // SHARE, blocks, width, lo + tiles * N, stop, HALF // SHARE)
 
 
 @gluon.jit
@@ -200,8 +227,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     # The first tile of all and the tiles of the rows' own keys hold keys that are no candidates; between them nothing
     # needs a look, and past its rows' own keys a consumer only lets tiles go by.
     all_tiles = (hi - lo + N - 1) // N
-    end = gl.minimum(hi, (first_row + HALF) * P + offset) if CAUSAL else hi
-    tiles = gl.maximum((end - lo + N - 1) // N, 0)
+    end, tiles = _seen(lo, hi, first_row, offset, P, N, CAUSAL)
     sink = gl.minimum(1, tiles) if lo < P and CAUSAL else 0
     border = gl.minimum(first_row * P + offset, k_len) if CAUSAL else k_len
     clear = gl.minimum(gl.maximum((border - lo) // N, sink), tiles)
@@ -247,15 +273,15 @@ def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group,
     """One segment of ``span`` keys for 128 pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
     grid (row_tiles * B * H, segments), the last segment first: neighbours read the same keys from L2, and in causal
-    mode the costly tiles of the rows' own keys come before those that fill the gaps. Words of keys that no row of the
-    tile can see are left as they were.
+    mode the costly tiles of the rows' own keys come before those that fill the gaps.
     """
     tile_row, bh = gl.program_id(0) % row_tiles, gl.program_id(0) // row_tiles
     segment = segments - 1 - gl.program_id(1)
     lo = segment * span
-    hi = gl.minimum(lo + span, k_len)
+    stop = gl.minimum(lo + span, k_len)
+    hi = stop
     if CAUSAL:
-        hi = gl.minimum(hi, (tile_row + 1) * 2 * HALF * P + offset)
+        hi = gl.minimum(stop, (tile_row + 1) * 2 * HALF * P + offset)
     if hi > lo:
         dtype: gl.constexpr = K.dtype.element_ty
         q_smem = gl.allocate_shared_memory(dtype, [4, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], dtype))
@@ -275,8 +301,12 @@ def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group,
                 (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row,
                              segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
                              D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
-                (_loader, (k_smem, k_full, k_empty, k_base, skn, k_len, lo, hi, D, N, STAGES)),
+                (_loader, (k_smem, k_full, k_empty, k_base, skn, WORDS, bh, tile_row, k_len, offset, width, blocks, lo,
+                           hi, stop, D, P, SHARE, N, STAGES, CAUSAL and not MAXIMA)),
             ],
             [4, 4],
             [CONSUMER_REGS, LOADER_REGS],
         )  # fmt: skip
+    elif not MAXIMA:
+        rows: gl.constexpr = 2 * HALF // SHARE
+        _clear(WORDS + bh.to(gl.int64) * blocks * width, tile_row * rows, blocks, width, lo, stop, rows)

@@ -17,7 +17,7 @@ HOPPER_ROWS = 128
 HINT = (
     "lists for 128 rows (q_block_size=128) run 1.2 to 2 times as fast for each pair: docs/decisions/pool-and-share.md"
 )
-WORKSPACE = {"cpu": 8 * 2**20, "cuda": 48 * 2**20}  # bytes of bits that a chunk may hold
+WORKSPACE = {"cpu": 8 * 2**20, "cuda": 44 * 2**20}  # bytes of bits that a chunk may hold
 
 
 class Backend(Protocol):

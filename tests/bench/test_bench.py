@@ -97,6 +97,8 @@ def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.Capt
     assert "| and keys a tile ahead (chosen) | no | 529 |" in capsys.readouterr().out
     assert cli.main(["report", str(RECORDS.with_name("video-layers-h200-2026-11-24.jsonl")), "--markdown"]) == 0
     assert "| 64 128 | 323 | 47.7 % | 246 | 1.31x | 87.4 % | 396 | 0.82x |" in capsys.readouterr().out
+    assert cli.main(["report", str(RECORDS.with_name("h200-trials-2026-11-24.jsonl")), "--markdown"]) == 0
+    assert "| chunks of 3 heads x 929 blocks | 132.7 |" in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

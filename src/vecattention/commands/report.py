@@ -78,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
         for r in found if r["study"] == "variants"
     ]  # fmt: skip
     _table("variants", ["case", "R", "lists", "density", "variant", "in turns", "TFLOP/s"], tried, args.markdown)
+    trials = [
+        [str(r["run"]), r["case"], r["of"], r["variant"], "" if r["ms"] is None else f"{r['ms']:.4g}"]
+        for r in found if r["study"] == "trials"
+    ]  # fmt: skip
+    _table("trials", ["run", "case", "of", "variant", "ms"], trials, args.markdown)
     layers = [
         [r["case"], f"{r['pool']} {r['block']}", f"{r['dense']['ms']:.0f}", f"{100 * r['density']:.1f} %",
          f"{r['sparse']['ms']:.0f}", f"{r['ratio']:.2f}x", f"{100 * r['coverage']['density']:.1f} %",

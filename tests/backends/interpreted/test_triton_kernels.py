@@ -204,3 +204,41 @@ def _run(problem: Problem, **changed: Any) -> tuple[torch.Tensor, ...]:
         problem.query, problem.key, problem.value, **arguments, return_lse=True, backend="triton"
     )
     return out, lse, va.select(problem.query, problem.key, **problem.arguments, backend="triton").words
+
+
+@pytest.mark.parametrize(("batch", "heads", "q_len", "pool"), [(2, 3, 100, 32), (1, 2, 64, 64), (1, 1, 129, 16)])
+def test_what_hopper_pools_is_the_mean_in_two_numbers(batch: int, heads: int, q_len: int, pool: int) -> None:
+    from vecattention.backends import reference
+    from vecattention.backends.hopper import launch
+
+    query = torch.randn(batch, q_len, heads, 64, dtype=torch.float16).transpose(1, 2)
+    rows = -(-q_len // pool)
+    high, low = query.new_full((2, batch * heads, rows, 64), torch.nan)
+    strides = query.stride()[:3]
+    launch.pool_kernel[(rows * batch * heads,)](
+        query, high, low, *strides, heads, q_len, rows, 0.125, D=64, P=pool, num_warps=2
+    )
+    mean = (reference.pooled_queries(query, pool) * 0.125).reshape(high.shape)
+    torch.testing.assert_close(high.double() + low.double(), mean.double(), rtol=2e-6, atol=2e-7)
+    assert torch.equal(high, mean.half())
+
+
+@either
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_hopper_counts_are_the_keys_of_each_list(pair: bool, causal: bool) -> None:
+    from vecattention.backends.hopper import launch
+
+    heads, q_len, k_len, block = 2, 300, 1100, 64 if pair else 128
+    kept = torch.rand(1, heads, -(-q_len // block), k_len) < 0.3
+    words, lists = bits.pack(kept), -(-q_len // block)
+    blocks = -(-lists // 2) if pair else lists
+    counts = torch.full((heads * blocks + 1,), -1, dtype=torch.int32)
+    launch.count_kernel[(heads * blocks,)](
+        words, counts, words.shape[3], blocks, lists, 128, q_len, k_len, CAUSAL=causal, PAIR=pair, SIZE=1024
+    )
+    for at in range(heads * blocks):
+        head, first = at // blocks, at % blocks
+        lines = kept[0, head, 2 * first : 2 * first + 2] if pair else kept[0, head, first : first + 1]
+        seen = min((first + 1) * 128 + k_len - q_len, k_len) if causal else k_len
+        assert int(counts[at]) == int(lines.any(0)[:seen].sum())
+    assert int(counts[-1]) == 0

@@ -127,6 +127,17 @@ def test_a_peer_that_is_not_installed_is_recorded_as_such(tmp_path: Path) -> Non
     assert found["failed"].startswith("ModuleNotFoundError: No module named 'flash_attn")
 
 
+def test_a_dense_kernel_that_was_not_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if __import__("importlib.util").util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed here")
+    rows = record.run(
+        tmp_path / "r.jsonl", [({"study": "dense", "case": FULL.name}, lambda: studies.dense(source(FULL)))]
+    )
+    assert all(row["missing"]["flash-attn-4"].startswith("ModuleNotFoundError: No module named") for row in rows)
+    assert cli.main(["report", str(tmp_path / "r.jsonl")]) == 0
+    assert "Dense kernel not measured: flash-attn-4 (ModuleNotFoundError" in capsys.readouterr().out
+
+
 def test_crossovers_are_read_off_the_records() -> None:
     def rows(k_len: int, dense: float, **calls: float) -> list[record.Record]:
         base = {"case": f"causal-{k_len}", "key": {"use": "crossover"}, "block": 64}

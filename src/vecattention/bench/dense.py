@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-logger = logging.getLogger(__name__)
-
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def calls(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
-    """A call for each dense kernel that takes these tensors, by name."""
+def calls(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """A call for each dense kernel that takes these tensors, by name; and why the others do not, by name."""
     found: dict[str, Callable[[], Tensor]] = {}
+    missing: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         try:
             _dense(query, key, value, causal, kernel)
-        except RuntimeError:
+        except RuntimeError as error:
+            missing[name] = _first_line(error)
             continue
 
         found[name] = functools.partial(_dense, query, key, value, causal, kernel)
     try:
         call = _flash_attention_4(query, key, value, causal)
         call()
-    except ImportError:
-        return found
     except Exception as error:  # its compiler raises what it likes; the others are measured all the same
-        logger.warning("flash-attn-4 cannot run this: %s", error)
-        return found
-    return found | {"flash-attn-4": call}
+        return found, missing | {"flash-attn-4": _first_line(error)}
+    return found | {"flash-attn-4": call}, missing
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Callable[[], Tensor]:

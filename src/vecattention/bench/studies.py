@@ -20,15 +20,16 @@ Record = dict[str, Any]
 
 
 def dense(source: Source) -> list[Record]:
-    """Time of each dense kernel of torch on a case."""
+    """Time of each dense kernel on a case; ``missing`` says why one was not measured."""
     case, (query, key, value) = source.case, source.tensors()
     found = []
-    for name, call in dense_kernels.calls(query, key, value, case.causal).items():
+    kernels, missing = dense_kernels.calls(query, key, value, case.causal)
+    for name, call in kernels.items():
         error = error_of(call(), query, key, value, None, case.causal)
         time = measure(call, device=source.device)
         found.append({
             "study": "dense", "case": case.name, "kernel": name, **time.record(), **error.record(),
-            "tflops": tflops(case.dense_flop, time.median),
+            "tflops": tflops(case.dense_flop, time.median), "missing": missing,
         })  # fmt: skip
     return found
 

@@ -35,6 +35,14 @@ def test_uneven_lengths(pools, kind: str, lengths: list[int]) -> None:
     assert max(max(answer["out"], answer["lse"]) for answer in answers) <= 1.0
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_a_rank_with_as_many_rows_as_keys_among_others_that_have_not(pools, kind: str) -> None:
+    answers = pools.run(
+        4, "parallel.sharded", "attention", kind, (1, 4, 4, 227, 200), [50, 61, 44, 72], {"threshold": 0.4}
+    )
+    assert max(max(answer["out"], answer["lse"]) for answer in answers) <= 1.0
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("shape", "arguments"), [
     ((1, 4, 4, 256, 256), {}),

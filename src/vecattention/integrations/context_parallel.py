@@ -136,7 +136,7 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, group: Group, ring: Grou
     divides("query", heads, ranks)
     divides("key", kv_heads, ranks)
     rows = exchange.lengths_of(query.shape[2], lengths, group)
-    keys = rows if key.shape[2] == query.shape[2] else exchange.lengths_of(key.shape[2], None, group)
+    keys = exchange.key_lengths_of(key, rows, group)
     if kv_order is not None and kv_order.shape != (kv_heads,):
         raise ValueError(
             f"order has shape {tuple(kv_order.shape)}, wanted ({kv_heads},), one entry for each key head; pass "

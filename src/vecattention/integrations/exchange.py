@@ -52,6 +52,20 @@ def lengths_of(rows: int, lengths: Sequence[int] | None, group: Group) -> tuple[
     return tuple(int(length) for length in lengths)
 
 
+def key_lengths_of(key: Tensor, rows: Sequence[int], group: Group) -> tuple[int, ...]:
+    """Keys [B, H, own S, D] of each rank, where the ranks hold so many ``rows``.
+
+    Where all hold as many rows, all hold as many keys, too. Otherwise the ranks tell each other: a rank by itself cannot
+    know whether its keys are split like its rows.
+    """
+    if len(set(rows)) == 1:
+        return (key.shape[2],) * len(rows)
+    own = torch.tensor([key.shape[2]], device=key.device)
+    parts = [torch.empty_like(own) for _ in rows]
+    dist.all_gather(parts, own, group=group)
+    return tuple(int(part) for part in parts)
+
+
 def heads_apart(x: Tensor, lengths: Sequence[int], order: Tensor | None, group: Group) -> Tensor:
     """[B, H, own S, D] -> [B, H / ranks, whole S, D]: each rank gets its share of the heads, in ``order`` [H]."""
     ranks, (batch, heads, rows, dim) = len(lengths), x.shape

@@ -29,7 +29,7 @@ def counted_ring(query: Tensor, key: Tensor, value: Tensor, group: Group, length
     sample = given.pop("sample", 0)
     given.pop("chunk_size", None)
     rows = exchange.lengths_of(query.shape[2], lengths, group)
-    keys = rows if key.shape[2] == query.shape[2] else exchange.lengths_of(key.shape[2], None, group)
+    keys = exchange.key_lengths_of(key, rows, group)
     rule = shares.rule_of(query, {**given, "causal": False})
     block = rule.q_block_size
     whole, before = exchange.whole_blocks(query, rows, block, group)

@@ -3,7 +3,8 @@
 What it imitates: the three roles of a program as threads, mbarriers with their phases, copies that arrive late, matrix
 products that are done when they are waited for. What a kernel must not do fails: a load or store outside of its tensor
 (IndexError), a role that waits for ever (Deadlock), reading shared memory before its copy has arrived or after the
-buffer was given back (its values are NaN by then), a product used before it was waited for (RuntimeError).
+buffer was given back (its values are NaN by then), a product used before it was waited for, an entry of a tensor that
+two roles or programs write (RuntimeError).
 
 What it does not imitate: layouts, registers, proxies and their fences, the order of memory between threads of one role,
 rounding in a product.
@@ -262,8 +263,27 @@ def _load(source: Pointer, mask: Any = None, other: Any = 0) -> Any:
     return tile(found.to(source.storage.dtype))
 
 
+WRITERS: dict[int, torch.Tensor] = {}
+"""Of each tensor that the launch has written to: which role of which program wrote an entry."""
+
+
+def _claim(storage: torch.Tensor, places: torch.Tensor) -> None:
+    """Remember who writes; raises RuntimeError for an entry that another role or program has written."""
+    who = hash((_CURRENT.program.place, threading.get_ident())) & (2**62 - 1)
+    with _LOCK:
+        writers = WRITERS.setdefault(storage.data_ptr(), torch.full((storage.numel(),), -1, dtype=torch.int64))
+        before = writers[places]
+        if bool(((before != -1) & (before != who)).any()):
+            raise RuntimeError("two roles or programs write the same entry")
+        writers[places] = who
+
+
+_LOCK = threading.Lock()
+
+
 def _store(target: Pointer, value: Any, mask: Any = None) -> None:
     place, used = target.places(mask)
+    _claim(target.storage, place[used])
     value = torch.as_tensor(value).as_subclass(torch.Tensor).to(target.storage.dtype)
     place, used, value = torch.broadcast_tensors(place, used, value)
     target.storage[place[used]] = value[used]
@@ -446,6 +466,7 @@ class Kernel:
 
         def launch(*given: Any, num_warps: int = 4, maxnreg: int | None = None, **constants: Any) -> None:
             arguments = [_argument(x) for x in given]
+            WRITERS.clear()
             for place in itertools.product(*(range(n) for n in reversed(whole))):
                 _begin(Program(place[::-1], whole))
                 self.call(*arguments, **{name: _argument(x) for name, x in constants.items()})

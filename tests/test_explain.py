@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from strategies import sample
 
 import vecattention as va
@@ -76,6 +80,29 @@ def test_a_long_problem_is_cut_so_that_its_bits_fit() -> None:
         parts = list(dispatch.parts(problem, chunk))
         assert max(h.stop - h.start for _, h, *_ in parts) == chunk.heads
         assert sum((h.stop - h.start) * (q.stop - q.start) for _, h, _, q, _ in parts) == heads * rows
+
+
+@given(
+    pool=st.sampled_from([16, 32, 64, 128]), share=st.integers(1, 8), q_len=st.integers(1, 2**22),
+    k_len=st.integers(1, 2**22), batch=st.integers(1, 3), kv_heads=st.integers(1, 4), group=st.integers(1, 7),
+    asked=st.one_of(st.just(0), st.integers(1, 2**23)), where=st.sampled_from(["cpu", "cuda"]),
+)  # fmt: skip
+def test_a_chunk_is_whole_blocks_of_some_heads(
+    pool: int, share: int, q_len: int, k_len: int, batch: int, kv_heads: int, group: int, asked: int, where: str
+) -> None:
+    assume(pool * share <= 128)
+    heads, block, rule = kv_heads * group, pool * share, Rule(pool, pool * share, causal=False)
+    problem = Problem(batch, heads, kv_heads, q_len, k_len, 64, torch.float16, torch.device(where), rule)
+    chunk = dispatch.chunk_for(problem, asked)
+    assert chunk.rows % block == 0 and chunk.rows >= block and 1 <= chunk.heads <= batch * heads
+    if asked:
+        assert chunk.heads == batch * heads and (chunk.rows <= max(asked, block))
+    else:
+        one = dispatch.bytes_per_block(problem)
+        assert dispatch.bits_held(problem, chunk) <= max(dispatch.WORKSPACE[where], one)
+    parts = [part for part in itertools.islice(dispatch.parts(problem, chunk), 50)]
+    assert all(part.rows.start % block == 0 for part in parts)
+    assert max((p.batch.stop - p.batch.start) * (p.heads.stop - p.heads.start) for p in parts) <= chunk.heads
 
 
 def test_auto_prefers_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,15 @@ def test_too_little_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out)
     with pytest.raises(torch.OutOfMemoryError, match="free memory, or handle fewer heads"):
         vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")
+
+
+def test_advice_on_memory_is_for_where_a_smaller_chunk_helps() -> None:
+    problem = Problem(1, 28, 4, 2**17, 2**17, 128, torch.bfloat16, torch.device("cuda"), rule_of(128))
+    chunk, out = dispatch.chunk_for(problem, 0), 28 * 2**17 * (128 * 2 + 4)
+    wanted = dispatch.workspace(problem, chunk)
+    assert chunk.heads < 28 and chunk.rows == 2**17
+    said = dispatch.out_of_memory(problem, chunk, out + wanted // 2)
+    fits = int(re.search(r"of \d+ heads at once about \d+; chunk_size=(\d+) would fit", said)[1])  # type: ignore[index]
+    assert fits % 64 == 0 and dispatch.workspace(problem, dispatch.Chunk(28, fits)) <= 0.8 * wanted / 2
+    for free in (out - 1, out + 2 * wanted):  # no room at all; room enough, so that it was not the chunk
+        assert "free memory, or handle fewer heads" in dispatch.out_of_memory(problem, chunk, free)

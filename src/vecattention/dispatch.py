@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
@@ -47,7 +48,8 @@ class Explanation:
     Attributes:
         backend: name of the backend that would run, or None when none can.
         reasons: for each backend, its reasons against this problem (empty: it could run it).
-        chunk_size: queries handled at once.
+        chunk_size: queries handled at once, of ``chunk_heads`` heads; asked for as ``chunk_size=`` the same number
+            means those of all heads, which take more memory.
         chunk_heads: query heads handled at once, those of all batch rows counted.
         workspace: bytes of selection bits that a chunk holds.
         problem: the shapes, dtype and device asked about.
@@ -140,8 +142,8 @@ def check(name: str) -> None:
 def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
     """What is handled at once: ``asked`` queries of all heads, or (0) as many whole heads as the workspace allows.
 
-    All queries of few heads rather than few queries of all heads: their keys and values then stay in a GPU's cache.
-    Queries are cut where not even one head fits.
+    All queries of few heads rather than few queries of all heads, which is faster on a GPU
+    (docs/decisions/chunks-of-heads.md). Queries are cut where not even one head fits.
     """
     block, all_heads = problem.rule.q_block_size, problem.batch * problem.heads
     blocks = -(-problem.q_len // block)
@@ -152,7 +154,8 @@ def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
         sizes = spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, fits // blocks)
         most = max((b.stop - b.start) * (h.stop - h.start) for b, h, _ in sizes)
         return Chunk(most, blocks * block)
-    tile = POOLED_ROWS * problem.rule.q_pooling_size  # the GPU selection works on whole tiles of pooled rows
+    # The GPU selection works on whole tiles of pooled rows; a chunk has whole blocks in any case.
+    tile = math.lcm(POOLED_ROWS * problem.rule.q_pooling_size, block)
     rows = fits * block
     return Chunk(1, max(block, rows // tile * tile or rows))
 
@@ -202,8 +205,8 @@ def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int) -> str:
         f"{free / 2**20:.0f} MiB are free, the output takes {size / 2**20:.0f} and {chunk.rows} queries of "
         f"{chunk.heads} heads at once about {wanted / 2**20:.0f}"
     )
-    fits = min(fits, (wanted - 1) // per_block * block)  # less than what did not fit
-    remedy = f"chunk_size={fits} would fit" if fits > 0 else "free memory, or handle fewer heads at once"
+    small = wanted <= 0.8 * left  # then it is not the chunk that did not fit
+    remedy = f"chunk_size={fits} would fit" if fits > 0 and not small else "free memory, or handle fewer heads at once"
     return f"{said}; {remedy}"
 
 

@@ -135,7 +135,7 @@ def test_a_dense_kernel_that_was_not_measured_is_named(tmp_path: Path, capsys: p
     )
     assert all(row["missing"]["flash-attn-4"].startswith("ModuleNotFoundError: No module named") for row in rows)
     assert cli.main(["report", str(tmp_path / "r.jsonl")]) == 0
-    assert "Dense kernel not measured: flash-attn-4 (ModuleNotFoundError" in capsys.readouterr().out
+    assert f"Dense kernel not measured: flash-attn-4 on {FULL.name} (ModuleNotFoundError" in capsys.readouterr().out
 
 
 def test_crossovers_are_read_off_the_records() -> None:

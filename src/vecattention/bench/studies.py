@@ -31,6 +31,8 @@ def dense(source: Source) -> list[Record]:
             "study": "dense", "case": case.name, "kernel": name, **time.record(), **error.record(),
             "tflops": tflops(case.dense_flop, time.median), "missing": missing,
         })  # fmt: skip
+    if not found:
+        raise RuntimeError(f"no dense kernel runs {case.name}: {missing}; take another device or dtype")
     return found
 
 

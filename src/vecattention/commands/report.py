@@ -42,9 +42,12 @@ def run(args: argparse.Namespace) -> int:
         "whole calls", ["case", "P R scope", "density", "best dense", "ms", "call ms", "faster", "extra MiB"], calls,
         args.markdown,
     )  # fmt: skip
-    missing = {pair for r in found for pair in (r.get("missing") or {}).items()}
-    for name, why in sorted(missing):
-        sys.stdout.write(f"\nDense kernel not measured: {name} ({why})\n")
+    missing: dict[tuple[str, str], set[str]] = {}
+    for r in found:
+        for pair in (r.get("missing") or {}).items():
+            missing.setdefault(pair, set()).add(r["case"])
+    for (name, why), cases in sorted(missing.items()):
+        sys.stdout.write(f"\nDense kernel not measured: {name} on {', '.join(sorted(cases))} ({why})\n")
     chosen = [
         [r["case"], f"{r['pool']} {r['block']} {r['scope']}", f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"]
         for r in figures.shares(found)

@@ -55,8 +55,8 @@ def lengths_of(rows: int, lengths: Sequence[int] | None, group: Group) -> tuple[
 def key_lengths_of(key: Tensor, rows: Sequence[int], group: Group) -> tuple[int, ...]:
     """Keys [B, H, own S, D] of each rank, where the ranks hold so many ``rows``.
 
-    Where all hold as many rows, all hold as many keys, too. Otherwise the ranks tell each other: a rank by itself cannot
-    know whether its keys are split like its rows.
+    Where all hold as many rows, all hold as many keys, too. Otherwise the ranks tell each other: a rank by itself
+    cannot know whether its keys are split like its rows.
     """
     if len(set(rows)) == 1:
         return (key.shape[2],) * len(rows)

@@ -79,6 +79,14 @@ def loops_that_spill(shown: str) -> int:
     return loops
 
 
+def test_a_loop_that_spills_is_seen() -> None:
+    lines = ["/*0010*/ MOV R1, R2 ;", "/*0020*/ LDL R3, [R1] ;", "/*0030*/ @P0 BRA 0x10 ;", "/*0040*/ STL [R1], R3 ;"]
+    assert loops_that_spill("\n".join(lines)) == 1
+    assert loops_that_spill("\n".join(lines[:1] + lines[2:])) == 0
+    starting = [*lines[:2], "/*0028*/ USETMAXREG.DEALLOC.CTAPOOL 0x78 ;", *lines[2:]]
+    assert loops_that_spill("\n".join(starting)) == 0
+
+
 def attend_constants(causal: bool, pair: bool, dim: int) -> dict[str, Any]:
     shape = launch.AttendShape()
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vecattention
-from vecattention import bits, spec
+from vecattention import bits, dispatch, spec
 
 SHAPES = {
     "square": (4, 2, 1000, 1000),
@@ -122,6 +122,17 @@ def test_chunks_and_repeats_are_bitwise_equal(backend: str) -> None:
     want = vecattention.vec_attention(query, key, value, **given)
     assert torch.equal(want, vecattention.vec_attention(query, key, value, **given))
     assert torch.equal(want, vecattention.vec_attention(query, key, value, chunk_size=1024, **given))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_chunks_of_heads_are_bitwise_equal(backend: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = tensors("many")
+    given: dict[str, Any] = {"threshold": 0.5, "q_pooling_size": 32, "q_block_size": 128, "backend": backend}
+    given |= {"causal": causal, "return_lse": True}
+    want = vecattention.vec_attention(query, key, value, **given)
+    for blocks in (10, 32, 70, 200):  # a part of a head, one head, two of the three that share keys, two groups
+        monkeypatch.setitem(dispatch.WORKSPACE, "cuda", blocks * 128 * 4)
+        assert all(map(torch.equal, want, vecattention.vec_attention(query, key, value, **given)))
 
 
 def test_a_captured_graph_serves_other_inputs_and_densities(backend: str) -> None:

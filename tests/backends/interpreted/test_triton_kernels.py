@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import brute
 import pytest
@@ -16,7 +17,7 @@ from strategies import LAYOUTS, Problem, laid_out, problems, sample
 from tolerance import Exact
 
 import vecattention as va
-from vecattention import bits
+from vecattention import bits, dispatch
 
 SMALL: dict[str, Any] = dict(
     dtypes=(torch.float32, torch.float16),
@@ -77,12 +78,14 @@ def test_strides_change_no_bit(problem: Problem, layouts: list[str]) -> None:
     assert all(map(torch.equal, _run(strided), _run(replace(problem, query=query, key=key, value=value))))
 
 
-@given(problem=problems(most=70, **SMALL), chunk=st.integers(1, 100))
+@given(problem=problems(most=70, **SMALL), chunk=st.integers(1, 100), workspace=st.integers(1, 100))
 @settings(max_examples=10)
-def test_chunks_and_repeats_change_no_bit(problem: Problem, chunk: int) -> None:
+def test_chunks_and_repeats_change_no_bit(problem: Problem, chunk: int, workspace: int) -> None:
     whole = _run(problem)
     assert all(map(torch.equal, _run(problem), whole))
     assert all(map(torch.equal, _run(problem, chunk_size=chunk), whole))
+    with mock.patch.dict(dispatch.WORKSPACE, {"cpu": workspace}):
+        assert all(map(torch.equal, _run(problem), whole))
 
 
 @given(problem=problems(most=70, **SMALL), seed=st.integers(0, 99))

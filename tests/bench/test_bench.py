@@ -102,6 +102,13 @@ def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("path", sorted(RECORDS.parent.glob("*00-*.jsonl")), ids=lambda path: path.stem)
+def test_every_committed_record_of_a_gpu_is_told_of(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(path), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "| NO |" not in said and ("\n| " in said or "No table for" in said)
+
+
 def test_what_cannot_be_reported_or_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path / "none.jsonl")]) == 2
     assert "wanted a file that `vecattention bench` wrote" in capsys.readouterr().err

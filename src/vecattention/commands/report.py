@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
 
 
+TABLES = ("call", "dense", "selection", "attention", "method", "peer", "variants", "trials", "layer")
+"""Studies that come into a table."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the tables, draw the picture, and say where it is."""
     from vecattention.bench import figures, record
@@ -28,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"records is {args.records}, wanted a file that `vecattention bench` wrote; none is there"
         )
-    found = [row for row in record.read(args.records) if "failed" not in row and "study" in row]
+    found = [row for row in record.read(args.records) if "failed" not in row and "study" in row and "key" in row]
     if not found:
         raise ValueError(f"records {args.records} holds no record of bench, wanted some; run vecattention bench all")
     if len(where := figures.machines(found)) > 1:
@@ -81,10 +86,13 @@ def run(args: argparse.Namespace) -> int:
     _table("attend", ["case", "R", "lists", "density", "backend", "ms", "TFLOP/s", "error"], rates, args.markdown)
     tried = [
         [r["case"], str(r["block"]), r["lists"], f"{100 * r['density']:.0f} %", r["variant"],
-         {True: "yes", False: "no", None: ""}[r["turns"]], f"{r['tflops']:.0f}"]
+         {True: "yes", False: "no", None: ""}[r["turns"]], f"{r['tflops']:.0f}",
+         {True: "yes", False: "NO", None: "not compared"}[r.get("right")]]
         for r in found if r["study"] == "variants"
     ]  # fmt: skip
-    _table("variants", ["case", "R", "lists", "density", "variant", "in turns", "TFLOP/s"], tried, args.markdown)
+    _table(
+        "variants", ["case", "R", "lists", "density", "variant", "in turns", "TFLOP/s", "right"], tried, args.markdown
+    )
     trials = [
         [str(r["run"]), r["case"], r["of"], r["variant"], "" if r["ms"] is None else f"{r['ms']:.4g}"]
         for r in found if r["study"] == "trials"
@@ -101,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
         ["case", "P R", "dense ms", "density", "ms", "faster", "of coverage 0.9", "ms", "faster"], layers,
         args.markdown,
     )  # fmt: skip
+    without = Counter(r["study"] for r in found if r["study"] not in TABLES)
+    for study, count in sorted(without.items()):
+        sys.stdout.write(f"\nNo table for {count} records of {study}: read the file\n")
     if args.png:
         args.png.parent.mkdir(parents=True, exist_ok=True)
         figures.draw(found, args.png)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -120,7 +121,7 @@ def test_pages_hold_the_kept_keys() -> None:
 
 def test_a_peer_that_is_not_installed_is_recorded_as_such(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    if __import__("importlib.util").util.find_spec("flash_attn"):
+    if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
     step = ({"study": "peer"}, lambda: peers.paged(source(FULL), 0.1, "random"))
     (found,) = record.run(tmp_path / "r.jsonl", [step])
@@ -128,7 +129,7 @@ def test_a_peer_that_is_not_installed_is_recorded_as_such(tmp_path: Path) -> Non
 
 
 def test_a_dense_kernel_that_was_not_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if __import__("importlib.util").util.find_spec("flash_attn"):
+    if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
     rows = record.run(
         tmp_path / "r.jsonl", [({"study": "dense", "case": FULL.name}, lambda: studies.dense(source(FULL)))]

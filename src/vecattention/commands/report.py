@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = "vecattention report out/bench.jsonl --png out/bench.png"
+TABLES = ("call", "dense", "selection", "attention", "method", "peer", "variants", "trials", "layer")
+"""Studies that come into a table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", type=Path, help="a file of records, JSON lines")
     parser.add_argument("--png", type=Path, help="also draw the figures into this file")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-
-
-TABLES = ("call", "dense", "selection", "attention", "method", "peer", "variants", "trials", "layer")
-"""Studies that come into a table."""
 
 
 def run(args: argparse.Namespace) -> int:

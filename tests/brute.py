@@ -124,3 +124,9 @@ def _passing(score: Tensor, error: Tensor, low: int, high: int, alpha: float, ti
         kept[part] = gap >= 0
         unsure[part] = gap.abs() <= bound
     return kept, unsure
+
+
+def rounded_means(query: Tensor, pool: int) -> Tensor:
+    """The queries [B, H, Sq, D], each replaced by its block's mean as Hopper's selection rounds it: to their dtype."""
+    blocks = [part.double().mean(2, keepdim=True).float().expand_as(part) for part in query.split(pool, dim=2)]
+    return torch.cat(blocks, dim=2).to(query.dtype)

@@ -84,6 +84,10 @@ class Tile(torch.Tensor):
     def type(self) -> Any:  # type: ignore[override]
         return SimpleNamespace(layout=None)
 
+    def to(self, *given: Any, bitcast: bool = False, **more: Any) -> Any:
+        """As of a tensor; ``bitcast``: the same bits as another type."""
+        return self.contiguous().view(*given) if bitcast else super().to(*given, **more)
+
 
 def tile(x: torch.Tensor) -> Any:
     """A `Tile`, or a number where there are no dimensions."""

@@ -19,7 +19,7 @@ from vecattention.backends.hopper.attend import attend_kernel  # noqa: E402
 from vecattention.backends.hopper.select import select_kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HALVES = ("Q", "K", "V", "OUT", "HIGH", "LOW")
+HALVES = ("Q", "K", "V", "OUT", "POOLED")
 WORDS = ("WORDS", "COUNTS", "RINGS")
 FLOATS = ("LSE", "ALPHA", "TOPS")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton, whose launches these are, is not installed")
 
+import brute  # noqa: E402
 from tolerance import Exact  # noqa: E402
 
-import vecattention  # noqa: E402
 from vecattention import bits, spec  # noqa: E402
 from vecattention.backends import reference  # noqa: E402
 from vecattention.backends.hopper import launch  # noqa: E402
@@ -31,11 +31,8 @@ class Pool:
     """In place of `launch.pool_kernel`, which is plain Triton."""
 
     def __getitem__(self, grid: object) -> Any:
-        def run(query: Tensor, high: Tensor, low: Tensor, *given: Any, D: int, P: int, num_warps: int) -> None:
-            scale = given[-1]
-            mean = (reference.pooled_queries(query, P) * scale).reshape(high.shape)
-            high.copy_(mean)
-            low.copy_(mean - high.float())
+        def run(query: Tensor, pooled: Tensor, *given: Any, D: int, P: int, num_warps: int) -> None:
+            pooled.copy_(reference.pooled_queries(query, P).reshape(pooled.shape))
 
         return run
 
@@ -51,13 +48,25 @@ class Count:
         def run(words: Tensor, counts: Tensor, width: int, blocks: int, lists: int, rows: int, q_len: int, k_len: int,
                 CAUSAL: bool, PAIR: bool, SIZE: int) -> None:  # fmt: skip
             held = bits.unpack(words, k_len).flatten(0, 1)
-            DRAWN.append(counts[-1:])
-            counts[-1] = 0
-            for at in range(len(counts) - 1):
+            items = len(counts) // 2
+            DRAWN.append(counts[items : items + 1])
+            counts[items] = 0
+            for at in range(items):
                 head, block = divmod(at, blocks)
                 mine = held[head, 2 * block : 2 * block + 2].any(0) if PAIR else held[head, block]
                 keys = min((block + 1) * rows + k_len - q_len, k_len) if CAUSAL else k_len
                 counts[at] = mine[:keys].sum()
+
+        return run
+
+
+class Order:
+    """In place of `launch.order_kernel`."""
+
+    def __getitem__(self, grid: object) -> Any:
+        def run(counts: Tensor, items: int, size: int, SIZE: int, OTHERS: int) -> None:
+            longest = counts[:items].view(-1, size).flip(1).sort(dim=1, descending=True, stable=True).indices
+            counts[items + 1 :] = (size - 1 - longest + torch.arange(0, items, size)[:, None]).flatten()
 
         return run
 
@@ -69,6 +78,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(launch, f"{name}_kernel", gluon_emulator.Kernel(kernel))
     monkeypatch.setattr(launch, "pool_kernel", Pool())
     monkeypatch.setattr(launch, "count_kernel", Count())
+    monkeypatch.setattr(launch, "order_kernel", Order())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     facts = SimpleNamespace(multi_processor_count=PROGRAMS)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
@@ -79,6 +89,11 @@ def tensors(heads: int, kv_heads: int, q_len: int, k_len: int, dim: int = 64, se
     generator = torch.Generator().manual_seed(seed)
     sizes = ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len))
     return tuple(torch.randn(1, h, s, dim, generator=generator).mul(1.5).to(torch.float16) for h, s in sizes)
+
+
+def law_of(query: Tensor, key: Tensor, alpha: Tensor, asked: spec.Rule) -> Tensor:
+    """The words of the reference, from means that are rounded as here."""
+    return reference.select(brute.rounded_means(query, asked.q_pooling_size), key, alpha, asked)
 
 
 SHAPES = {"prefix": (2, 1, 300, 557), "square": (2, 2, 640, 640), "one row": (1, 1, 1, 200), "short": (1, 1, 40, 40)}
@@ -99,7 +114,7 @@ def test_the_selection_is_the_laws(shape: str, rule: str, causal: bool) -> None:
     asked = rule_of(64, causal=causal, **RULES[rule])
     alpha = torch.tensor([[0.1, 0.6]])[:, : query.shape[1]].contiguous()
     found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256, stages=2))
-    differ = int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum())
+    differ = int(bits.popcount(found ^ law_of(query, key, alpha, asked)).sum())
     assert differ <= 1, "but for a key whose score meets the cut-off within rounding"
 
 
@@ -111,7 +126,7 @@ def test_the_selection_over_several_tiles_of_rows(rule: str, causal: bool) -> No
     more = {"P16 R128 row": {"q_pooling_size": 16, "q_block_size": 128, "max_scope": "row"}}
     asked = rule_of(64, causal=causal, **(RULES | more)[rule])
     alpha = torch.tensor([[0.3]])
-    law = reference.select(query, key, alpha, asked)
+    law = law_of(query, key, alpha, asked)
     assert float(spec.Selection(law, 4500, 4700, 128, causal).density().mean()) < 0.7
     for span in (512, 4096):
         found = launch.select(query, key, alpha, asked, launch.SelectShape(span=span))
@@ -207,7 +222,7 @@ def test_every_word_of_a_selection_is_written() -> None:
             asked = rule_of(64, causal=causal, q_pooling_size=pool, q_block_size=block, max_scope=scope)
             alpha = torch.tensor([[0.1, 0.6]])
             found = launch.select(query, key, alpha, asked, launch.SelectShape(span=768 if pool == 16 else 256))
-            assert int(bits.popcount(found ^ reference.select(query, key, alpha, asked)).sum()) <= 1
+            assert int(bits.popcount(found ^ law_of(query, key, alpha, asked)).sum()) <= 1
 
 
 @pytest.mark.parametrize("stages", [2, 3])
@@ -227,11 +242,12 @@ def test_other_launch_shapes_give_the_same(stages: int) -> None:
 
 def test_strides_of_any_kind() -> None:
     query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(*SHAPES["prefix"]))
-    rule = {"q_pooling_size": 32, "q_block_size": 128, "threshold": 0.5}
-    law = vecattention.select(query, key, backend="reference", **rule)
+    asked = rule_of(64, causal=True, q_pooling_size=32, q_block_size=128)
     alpha = torch.full((1, 2), 0.6931472)
-    found = launch.select(query, key, alpha, rule_of(64, causal=True, q_pooling_size=32, q_block_size=128))
-    assert int(bits.popcount(found ^ law.words).sum()) <= 1
+    words = law_of(query, key, alpha, asked)
+    law = spec.Selection(words, query.shape[2], key.shape[2], 128, True)
+    found = launch.select(query, key, alpha, asked)
+    assert int(bits.popcount(found ^ words).sum()) <= 1
     out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
     launch.attend(query, key, value, law, 0.125, out, lse)
     Exact.of(query, key, value, law.mask(), 0.125).check(out, lse)
@@ -278,7 +294,7 @@ def test_the_emulator_sees_what_a_kernel_does_wrong(name: str, tmp_path: Path, m
     query, key, _ = tensors(1, 1, 4500, 4500)
     asked = rule_of(64, causal=True, q_pooling_size=32, q_block_size=128)
     alpha = torch.tensor([[0.3]])
-    law = reference.select(query, key, alpha, asked)
+    law = law_of(query, key, alpha, asked)
     try:
         found = launch.select(query, key, alpha, asked, launch.SelectShape(span=4096, stages=2))
     except (RuntimeError, IndexError):

@@ -210,21 +210,35 @@ def _run(problem: Problem, **changed: Any) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("batch", "heads", "q_len", "pool"), [(2, 3, 100, 32), (1, 2, 64, 64), (1, 1, 129, 16)])
-def test_what_hopper_pools_is_the_mean_in_two_numbers(batch: int, heads: int, q_len: int, pool: int) -> None:
+def test_what_hopper_pools_is_the_rounded_mean(batch: int, heads: int, q_len: int, pool: int) -> None:
     from vecattention.backends import reference
     from vecattention.backends.hopper import launch
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(batch, q_len, heads, 64, generator=generator).half().transpose(1, 2)
     rows = -(-q_len // pool)
-    high, low = query.new_full((2, batch * heads, rows, 64), torch.nan)
-    strides = query.stride()[:3]
+    pooled = query.new_full((batch * heads, rows, 64), torch.nan)
     launch.pool_kernel[(rows * batch * heads,)](
-        query, high, low, *strides, heads, q_len, rows, 0.125, D=64, P=pool, num_warps=2
+        query, pooled, *query.stride()[:3], heads, q_len, rows, D=64, P=pool, num_warps=1
     )
-    mean = (reference.pooled_queries(query, pool) * 0.125).reshape(high.shape)
-    torch.testing.assert_close(high.double() + low.double(), mean.double(), rtol=2e-6, atol=2e-7)
-    torch.testing.assert_close(high, mean.half(), rtol=2**-10, atol=2**-24)  # by a unit: where the sums round apart
+    mean = reference.pooled_queries(query, pool).reshape(pooled.shape)
+    torch.testing.assert_close(pooled, mean.half(), rtol=2**-10, atol=2**-24)  # by a unit: where the sums round apart
+
+
+@pytest.mark.parametrize(("stretches", "size"), [(3, 200), (2, 64), (1, 1), (5, 7)])
+def test_hopper_takes_the_longest_lists_first_among_those_that_share_keys(stretches: int, size: int) -> None:
+    from vecattention.backends.hopper import launch
+
+    items = stretches * size
+    given = torch.randint(0, 20, (items,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    counts = torch.cat([given, torch.full((items + 1,), -7, dtype=torch.int32)])
+    launch.order_kernel[(stretches * -(-size // launch.ORDERED),)](counts, items, size, SIZE=launch.ORDERED, OTHERS=64)
+    wanted = [
+        sorted(range(first, first + size), key=lambda item: (-int(given[item]), -item))
+        for first in range(0, items, size)
+    ]
+    assert counts[items + 1 :].tolist() == sum(wanted, [])
+    assert counts[: items + 1].tolist() == [*given.tolist(), -7], "counts and the counter stay"
 
 
 @either

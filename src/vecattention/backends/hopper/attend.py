@@ -8,8 +8,8 @@
 Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit.
 Lists of 64 rows go in pairs (PAIR): the keys of both are fetched, and each consumer hides what only the other lists.
 The loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first
-loads are waited for. It also draws the work items from a counter, since lists differ in length; which program takes
-an item changes no result.
+loads are waited for. It also draws the work items from a counter, since lists differ in length, the longest list of
+those that share keys first; which program takes an item changes no result.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _add(a, b):
 
 @gluon.jit
 def _item(item, blocks, heads):
-    """(b, h, bh, g) of a work item: heads outermost, the last (in causal mode longest) block first."""
+    """(b, h, bh, g) of a work item: block g of head h of batch row b, bh counts the heads of all batch rows."""
     bh = item // blocks
-    return bh // heads, bh % heads, bh, blocks - 1 - item % blocks
+    return bh // heads, bh % heads, bh, item % blocks
 
 
 @gluon.jit
@@ -122,6 +122,21 @@ def _values(v_smem, v_full, v_empty, stage, phase, base, index, stride, D: gl.co
 
 
 @gluon.jit
+def _queue(queue, queued, order, item, QUEUE: gl.constexpr):
+    """Tell the consumers which item comes ``order``-th; the number of the one after it."""
+    queue.index(order % QUEUE).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    mbarrier.arrive(queued.index(order % QUEUE))
+    return order + 1
+
+
+@gluon.jit
+def _queued(queue, queued, order, QUEUE: gl.constexpr):
+    """Which item comes ``order``-th, once the loader says so; the number of the one after it."""
+    mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
+    return gl.sum(queue.index(order % QUEUE).load(gl.BlockedLayout([1], [32], [4], [0])), 0), order + 1
+
+
+@gluon.jit
 def _loader(k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, queued, K, V, WORDS, COUNTS, RINGS,
             skb, skh, skn, svb, svh, svn, heads, group, q_len, k_len, width, blocks, lists, items,
             D: gl.constexpr, R: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SEG: gl.constexpr,
@@ -132,12 +147,13 @@ def _loader(k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, qu
     ring = RINGS + gl.program_id(0).to(gl.int64) * RING
     stage, phase = 0, 1
     v_stage, v_phase = 0, 1
-    order = 0
-    item = gl.program_id(0)
+    item = gl.load(COUNTS + items + 1 + gl.program_id(0))
+    order = _queue(queue, queued, 0, item, QUEUE)
     while item < items:
-        following = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + gl.num_programs(0)
+        drawn = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + gl.num_programs(0)
+        following = gl.where(drawn < items, gl.load(COUNTS + items + 1 + gl.minimum(drawn, items - 1)), items)
         b, h, bh, g = _item(item, blocks, heads)
-        count = gl.load(COUNTS + bh * blocks + g)
+        count = gl.load(COUNTS + item)
         words = WORDS + (bh * lists + (2 * g if PAIR else g)).to(gl.int64) * width
         k_base = K + b.to(gl.int64) * skb + (h // group).to(gl.int64) * skh
         v_base = V + b.to(gl.int64) * svb + (h // group).to(gl.int64) * svh
@@ -145,9 +161,7 @@ def _loader(k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, qu
         keys_other = gl.where(2 * g + 1 < lists, keys, 0)
         mine = _words(words, 0, keys, SEG)
         other = _words(words + width, 0, keys_other, SEG) if PAIR else gl.zeros_like(mine)
-        queue.index(order % QUEUE).store(gl.full([1], following, gl.int32, flat))
-        mbarrier.arrive(queued.index(order % QUEUE))
-        order += 1
+        order = _queue(queue, queued, order, following, QUEUE)
         filled = 0
         segment = 0
         index = gl.zeros([N], gl.int32, flat)
@@ -202,7 +216,7 @@ def _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF
             CAUSAL: gl.constexpr, PAIR: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
     """(entries of a work item's list, how many of them each row sees: all, or those up to itself)."""
     b, h, bh, g = _item(item, blocks, heads)
-    count = gl.load(COUNTS + bh * blocks + g)
+    count = gl.load(COUNTS + item)
     row = g * R + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
     limit = gl.zeros_like(row) + count
     if CAUSAL:
@@ -355,8 +369,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, queue, 
     query = q_smem.index(HALF_INDEX)
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     last, last_phase = 0, 0
-    order = 0
-    item = gl.program_id(0)
+    item, order = _queued(queue, queued, 0, QUEUE)
     _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
     count, limit = _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF_INDEX, R, CAUSAL, PAIR,
                            ROWS)  # fmt: skip
@@ -369,9 +382,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, queue, 
             words = _member_words(members, 2 * last + HALF_INDEX, none, N)
         ahead = warpgroup_mma(query, k_smem.index(last).permute((1, 0)), none, use_acc=False, is_async=True)
         # Queued before the first keys were copied; but copies that arrive promise nothing of ordinary stores.
-        mbarrier.wait(queued.index(order % QUEUE), order // QUEUE & 1)
-        following = gl.sum(queue.index(order % QUEUE).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        order += 1
+        following, order = _queued(queue, queued, order, QUEUE)
         stage, phase = _next_buffer(last, last_phase, STAGES)
         logits = warpgroup_mma_wait(0, deps=(ahead,))
         mbarrier.arrive(k_empty.index(last))

@@ -21,6 +21,7 @@ SPAN = 8192  # keys that a program of the selection owns at most, unless told ot
 START = 2.5  # tiles that could be done in the time that a program of the selection takes to start (fitted on an H100)
 WORDS = 128  # words decoded at a time by the attention, one a thread of its loader
 RING = 8192  # positions of the attention's ring: one decoding and the tiles in flight fit
+ORDERED = 16  # items whose places a program finds
 QUEUE = 16  # slots of the attention's queue of work items: more than its loader is ever ahead
 SHARED = 232_448  # bytes of shared memory that a program can have
 REGISTERS = 168  # per thread before the roles take their shares: 384 threads fill the register file
@@ -64,8 +65,8 @@ class SelectShape:
         _shares(self.consumer_registers, self.loader_registers)
 
     def shared(self, dim: int) -> int:
-        """Bytes of shared memory: 128 pooled rows in two parts each, K in flight, barriers."""
-        return 2 * dim * (2 * BLOCK + self.stages * TILE) + 64 * self.stages
+        """Bytes of shared memory: 128 pooled rows, K in flight, barriers."""
+        return 2 * dim * (BLOCK + self.stages * TILE) + 64 * self.stages
 
 
 def fitting(shape: AttendShape | SelectShape, dim: int) -> None:
@@ -95,18 +96,15 @@ def _shares(consumer: int, loader: int) -> None:
 
 
 @triton.jit
-def pool_kernel(Q, HIGH, LOW, sqb, sqh, sqn, heads, q_len, pooled_rows, scale, D: tl.constexpr, P: tl.constexpr):
-    """HIGH + LOW = scale * mean of a block's real queries, as two numbers of Q's type; grid (pooled rows * B * H)."""
+def pool_kernel(Q, POOLED, sqb, sqh, sqn, heads, q_len, pooled_rows, D: tl.constexpr, P: tl.constexpr):
+    """POOLED = mean of a block's real queries, rounded to Q's type; grid (pooled rows * B * H)."""
     g, bh = tl.program_id(0) % pooled_rows, tl.program_id(0) // pooled_rows
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     row, dims = g * P + tl.arange(0, P), tl.arange(0, D)
     place = Q + b * sqb + h * sqh + row.to(tl.int64)[:, None] * sqn + dims[None, :]
     query = tl.load(place, mask=row[:, None] < q_len, other=0.0)
-    mean = tl.sum(query.to(tl.float32), 0) / tl.minimum(P, q_len - g * P) * scale
-    high = mean.to(HIGH.dtype.element_ty)
-    line = (bh.to(tl.int64) * pooled_rows + g) * D
-    tl.store(HIGH + line + dims, high)
-    tl.store(LOW + line + dims, (mean - high.to(tl.float32)).to(HIGH.dtype.element_ty))
+    mean = tl.sum(query.to(tl.float32), 0) / tl.minimum(P, q_len - g * P)
+    tl.store(POOLED + (bh.to(tl.int64) * pooled_rows + g) * D + dims, mean.to(POOLED.dtype.element_ty))
 
 
 @triton.jit
@@ -114,7 +112,7 @@ def count_kernel(WORDS, COUNTS, width, blocks, lists, rows, q_len, k_len, CAUSAL
                  SIZE: tl.constexpr):  # fmt: skip
     """COUNTS = number of keys that 128 rows may see and their list (PAIR: either list) holds; grid (B * H * blocks).
 
-    After the last of them COUNTS holds how many items have been drawn: none.
+    Behind them COUNTS holds how many items have been drawn: none.
     """
     block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     line = bh * lists + (2 * block if PAIR else block)
@@ -136,6 +134,27 @@ def count_kernel(WORDS, COUNTS, width, blocks, lists, rows, q_len, k_len, CAUSAL
     tl.store(COUNTS + tl.num_programs(0), 0, mask=tl.program_id(0) == 0)
 
 
+@triton.jit
+def order_kernel(COUNTS, items, size, SIZE: tl.constexpr, OTHERS: tl.constexpr):
+    """COUNTS[items + 1 :] = the items of each stretch of ``size``, by descending count, of equal ones the last first.
+
+    Grid (items / size * ceil(size / SIZE)): a program finds the places of SIZE items, which it compares with OTHERS at
+    a time.
+    """
+    tiles = tl.cdiv(size, SIZE)
+    start = tl.program_id(0) // tiles * size
+    here = tl.program_id(0) % tiles * SIZE + tl.arange(0, SIZE)
+    mine = tl.load(COUNTS + start + here, mask=here < size, other=-1)
+    before = tl.zeros([SIZE, OTHERS], tl.int32)
+    for first in range(0, size, OTHERS):
+        there = first + tl.arange(0, OTHERS)
+        theirs = tl.load(COUNTS + start + there, mask=there < size, other=-1)
+        longer = theirs[None, :] > mine[:, None]
+        later = (theirs[None, :] == mine[:, None]) & (there[None, :] > here[:, None])
+        before += (longer | later).to(tl.int32)
+    tl.store(COUNTS + items + 1 + start + tl.sum(before, 1), start + here, mask=here < size)
+
+
 def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: SelectShape | None = None) -> Tensor:
     """Words of the kept keys of each block of R rows; see `vecattention.backends`."""
     batch, heads, q_len, dim = query.shape
@@ -154,15 +173,15 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
         span = balanced(tuple(min(end, k_len) for end in ends), batch * heads, unit, processors)
     span = min(span, -(-k_len // TILE) * TILE)
     segments = -(-k_len // span)
-    high, low = query.new_empty(2, batch * heads, rows, dim)
+    pooled = query.new_empty(batch * heads, rows, dim)
     words = torch.empty((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
     tops = torch.empty((batch, heads, rows, segments if row_scope else 0), device=query.device)
     limits = alpha.contiguous()
 
     def run(maxima: bool, tops: Tensor) -> None:
         select_kernel[(row_tiles * batch * heads, segments)](
-            high, low, key, limits, words, tops, *_strides(key), heads, heads // key.shape[1], rows, k_len,
-            k_len - q_len, width, blocks, row_tiles, segments, span, window,
+            pooled, key, limits, words, tops, *_strides(key), heads, heads // key.shape[1], rows, k_len,
+            k_len - q_len, width, blocks, row_tiles, segments, span, window, rule.scale,
             D=dim, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, N=TILE, STAGES=shape.stages,
             ROW_SCOPE=row_scope, CAUSAL=rule.causal, MAXIMA=maxima, CONSUMER_REGS=shape.consumer_registers,
             LOADER_REGS=shape.loader_registers, num_warps=4, maxnreg=REGISTERS,
@@ -170,7 +189,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
 
     with torch.cuda.device(query.device):
         pool_kernel[(rows * batch * heads,)](
-            query, high, low, *_strides(query), heads, q_len, rows, rule.scale, D=dim, P=pool, num_warps=2
+            query, pooled, *_strides(query), heads, q_len, rows, D=dim, P=pool, num_warps=1
         )
         if row_scope:
             tops.fill_(-torch.inf)
@@ -191,17 +210,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     fitting(shape, dim)
     blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
+    group = heads // key.shape[1]
     programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
-    counts = torch.empty(items + 1, dtype=torch.int32, device=query.device)  # the last one: items drawn so far
+    # Of each item how many keys it has; how many items are drawn; the order in which they are.
+    counts = torch.empty(2 * items + 1, dtype=torch.int32, device=query.device)
     rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
     with torch.cuda.device(query.device):
         count_kernel[(items,)](
             words, counts, words.shape[3], blocks, lists, BLOCK, q_len, selection.k_len, CAUSAL=selection.causal,
             PAIR=pair, SIZE=1024,
         )  # fmt: skip
+        stretch = group * blocks  # the items that read the same keys and values
+        order_kernel[(items // stretch * -(-stretch // ORDERED),)](counts, items, stretch, SIZE=ORDERED, OTHERS=256)
         attend_kernel[(programs,)](
             query, key, value, words, counts, rings, out, lse, *_strides(query), *_strides(key), *_strides(value),
-            *_strides(out), *lse.stride()[:2], heads, heads // key.shape[1], q_len, selection.k_len, words.shape[3],
+            *_strides(out), *lse.stride()[:2], heads, group, q_len, selection.k_len, words.shape[3],
             blocks, lists, items, scale,
             D=dim, R=BLOCK, N=shape.step, STAGES=shape.stages, SEG=WORDS, RING=RING, QUEUE=QUEUE,
             CAUSAL=selection.causal, PAIR=pair, CONSUMER_REGS=shape.consumer_registers,

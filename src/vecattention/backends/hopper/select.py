@@ -4,9 +4,9 @@
     consumer 0 (4 warps)  64 pooled rows: scores (wgmma), maxima, comparison, bits
     consumer 1 (4 warps)  the next 64 pooled rows of the same tiles
 
-A pooled row is kept as the sum of two half-precision numbers, so that its mean keeps 16 bits; a score is the sum of two
-products. A program owns 128 pooled rows and a segment of whole windows, and alone writes their words: no atomics, no
-sort, no order that could change. A row's maximum needs a first pass that leaves each segment's maximum.
+A pooled row is rounded once, to the dtype of the tensors (docs/decisions/rounded-means.md). A program owns 128 of them
+and a segment of whole windows, and alone writes their words: no atomics, no sort, no order that could change. A row's
+maximum needs a first pass that leaves each segment's maximum.
 """
 
 from __future__ import annotations
@@ -77,38 +77,74 @@ def _loader(k_smem, k_full, k_empty, k_base, skn, WORDS, bh, tile_row, k_len, of
 
 
 @gluon.jit
-def _running(tops, STEPS: gl.constexpr):
-    """Inclusive running maximum along the last axis of [64, 2 ** STEPS], in registers."""
-    n: gl.constexpr = 1 << STEPS
-    layout: gl.constexpr = tops.type.layout
-    for step in gl.static_range(STEPS):
-        halves = gl.permute(gl.reshape(tops, (HALF, n >> (step + 1), 2, 1 << step)), (0, 1, 3, 2))
-        left, right = gl.split(halves)
-        right = gl.maximum(right, gl.max(left, 2)[:, :, None])
-        merged = gl.permute(gl.join(left, right), (0, 1, 3, 2))
-        tops = gl.convert_layout(gl.reshape(merged, (HALF, n)), layout, assert_trivial=True)
-    return tops
+def _running(tops, carry, STEPS: gl.constexpr):
+    """Inclusive running maximum, from ``carry`` [64] on, along the last axis of [64, 2 ** STEPS], and its last [64].
+
+    One maximum a window, in registers.
+    """
+    if STEPS == 0:
+        last = gl.maximum(tops, gl.convert_layout(carry, gl.SliceLayout(1, tops.type.layout))[:, None])
+        carry = gl.max(last, 1)
+    else:
+        left, right = _halves(tops, STEPS)
+        left, carry = _running(left, carry, STEPS - 1)
+        right, carry = _running(right, carry, STEPS - 1)
+        last = gl.permute(gl.join(left, right), (0, 2, 1))
+        last = gl.convert_layout(gl.reshape(last, (HALF, 1 << STEPS)), tops.type.layout, assert_trivial=True)
+    return last, carry
 
 
 @gluon.jit
-def _words(kept, N: gl.constexpr, SHARE: gl.constexpr):
-    """bool [64, N] -> int32 words [64 // SHARE, N // 32] of the union over SHARE neighbouring rows.
+def _halves(x, STEPS: gl.constexpr):
+    """The first and the second half of the last axis of [64, 2 ** STEPS]."""
+    return gl.split(gl.permute(gl.reshape(x, (HALF, 2, 1 << (STEPS - 1))), (0, 2, 1)))
 
-    Bit 8 o + 2 q + c of a word: a thread holds all o and c for its own q, so that their weights are constants.
+
+@gluon.jit
+def _sign(gap):
+    """1 where a float is negative, else 0."""
+    return (gap.to(gl.int32, bitcast=True) >> 31) & 1
+
+
+@gluon.jit
+def _words(gap, N: gl.constexpr, SHARE: gl.constexpr):
+    """float [64, N] -> int32 words [64 // SHARE, N // 32]: which are not negative, in any of SHARE neighbouring rows.
+
+    Bit 8 o + 2 q + c of a word. A thread holds all o and c for its own q: it shifts their signs in one after another,
+    joins its bytes of up to four words for the union over rows, and then pulls the bits of each apart.
     """
-    cells = gl.reshape(kept, (HALF, N // 32, 4, 4, 2))
-    L4: gl.constexpr = gl.SliceLayout(4, cells.type.layout)
-    L3: gl.constexpr = gl.SliceLayout(3, L4)
-    octet = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, :][:, None, :]
-    octet = octet[:, :, :, None][:, :, :, :, None]
-    P1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(1, cells.type.layout)))
-    pair = gl.arange(0, 2, gl.SliceLayout(0, P1))[None, :][:, None, :][:, None, :, :][:, None, :, :, :]
-    own = gl.sum(gl.sum(gl.where(cells, 1 << (8 * octet + pair), 0), 4), 2)
-    quad = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, own.type.layout)))[None, :][:, None, :]
-    words = gl.sum(own << (2 * quad), 2)
+    cells = gl.permute(gl.reshape(gap, (HALF, N // 32, 4, 4, 2)), (0, 1, 3, 2, 4))
+    even, odd = gl.split(cells)
+    even, odd = gl.reshape(even, (HALF, N // 32, 4, 2, 2)), gl.reshape(odd, (HALF, N // 32, 4, 2, 2))
+    even_02, even_13 = gl.split(even)
+    odd_02, odd_13 = gl.split(odd)
+    even_0, even_2 = gl.split(even_02)
+    even_1, even_3 = gl.split(even_13)
+    odd_0, odd_2 = gl.split(odd_02)
+    odd_1, odd_3 = gl.split(odd_13)
+    own = (_sign(odd_3) << 1) | _sign(even_3)
+    own = (((own << 1) | _sign(odd_2)) << 1) | _sign(even_2)
+    own = (((own << 1) | _sign(odd_1)) << 1) | _sign(even_1)
+    own = (((own << 1) | _sign(odd_0)) << 1) | _sign(even_0)
+    own = own ^ 0xFF
     if SHARE > 1:
-        words = gl.reduce_or(gl.reshape(words, (HALF // SHARE, SHARE, N // 32)), 1)
-    return words
+        joined = gl.sum(own << 8 * _along(1, N // 32, own), 1)
+        joined = gl.reduce_or(gl.reshape(joined, (HALF // SHARE, SHARE, 4)), 1)[:, None, :]
+        own = (joined >> 8 * _along(1, N // 32, joined)) & 0xFF
+    quad = 1 << 2 * _along(2, 4, own)
+    own = (own * 0x1001) & 0xF000F
+    own = (own * (0x41 * quad)) & (0x03030303 * quad)
+    return gl.sum(own, 2)
+
+
+@gluon.jit
+def _along(axis: gl.constexpr, size: gl.constexpr, like):
+    """0, 1, ... along axis 1 or 2 of a tensor laid out like this one of three, whose other axes have length one."""
+    layout: gl.constexpr = like.type.layout
+    if axis == 1:
+        return gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :][:, :, None]
+    else:
+        return gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
 
 
 @gluon.jit
@@ -139,28 +175,26 @@ def _always(block, at, k_len, offset, P: gl.constexpr, SHARE: gl.constexpr, SINK
 
 
 @gluon.jit
-def _start(high, low, k_smem, k_full, tile, more, N: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr):
+def _start(pooled, k_smem, k_full, tile, more, N: gl.constexpr, STAGES: gl.constexpr, ACC: gl.constexpr):
     """Start the scores of a tile, once its keys are there (without ``more`` there is none: nothing will be read)."""
     none = gl.zeros([HALF, N], gl.float32, ACC)
     mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1, pred=more)
     fence_async_shared()
     keys = k_smem.index(tile % STAGES).permute((1, 0))
-    scores = warpgroup_mma(high, keys, none, use_acc=False, is_async=True)
-    return warpgroup_mma(low, keys, scores, is_async=True)
+    return warpgroup_mma(pooled, keys, none, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _cut(scores, top, fresh, B: gl.constexpr, N: gl.constexpr):
     """(running maximum [64, N // B] of the windows, what it is after the tile [64]); ``fresh``: a window starts."""
     STEPS: gl.constexpr = 3 if N // B == 8 else (2 if N // B == 4 else (1 if N // B == 2 else 0))
-    tops = _running(gl.max(gl.reshape(scores, (HALF, N // B, B)), 2), STEPS)
-    carry = gl.where(fresh, float("-inf"), top)
-    tops = gl.maximum(tops, gl.convert_layout(carry, gl.SliceLayout(1, tops.type.layout))[:, None])
-    return tops, gl.convert_layout(gl.max(tops, 1), top.type.layout)
+    tops = gl.max(gl.reshape(scores, (HALF, N // B, B)), 2)
+    tops, carry = _running(tops, gl.where(fresh, float("-inf"), top), STEPS)
+    return tops, gl.convert_layout(carry, top.type.layout)
 
 
 @gluon.jit
-def _step(scores, top, into, tile, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+def _step(scores, top, into, tile, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
           first_block, alpha, row_start, k_len, offset, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr,
           N: gl.constexpr, STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
           EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
@@ -171,7 +205,9 @@ def _step(scores, top, into, tile, lo, hi, end, high, low, k_smem, k_full, k_emp
     keys of its window lie before the tile.
     """
     first = lo + tile * N
-    ahead = _start(high, low, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
+    ahead = _start(pooled, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
+    # Nothing is waited for: that the scores go through it keeps the compiler from deciding them before the product.
+    scores = warpgroup_mma_wait(1, deps=(scores,))
     key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
     if EDGE:
         scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL, SINK), scores, float("-inf"))
@@ -179,12 +215,13 @@ def _step(scores, top, into, tile, lo, hi, end, high, low, k_smem, k_full, k_emp
         top = gl.maximum(top, gl.max(scores, 1))
     else:
         if ROW_SCOPE:
-            kept = scores >= gl.maximum(top - alpha, LOWEST)[:, None]
+            gap = scores - gl.maximum(top - alpha, LOWEST)[:, None]
         else:
             tops, top = _cut(scores, top, into == 0, B, N)
-            passes = gl.reshape(scores, (HALF, N // B, B)) >= gl.maximum(tops - alpha, LOWEST)[:, :, None]
-            kept = gl.convert_layout(gl.reshape(passes, (HALF, N)), ACC, assert_trivial=True)
-        words = _words(kept, N, SHARE)
+            cut = gl.maximum(tops - alpha, LOWEST) if EDGE else tops - alpha
+            gap = gl.reshape(scores, (HALF, N // B, B)) - cut[:, :, None]
+            gap = gl.convert_layout(gl.reshape(gap, (HALF, N)), ACC, assert_trivial=True)
+        words = _words(gap, N, SHARE)
         block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
         at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, words.type.layout))
         if EDGE and CAUSAL:
@@ -198,7 +235,7 @@ def _step(scores, top, into, tile, lo, hi, end, high, low, k_smem, k_full, k_emp
 
 
 @gluon.jit
-def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row, segment,
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row, segment,
               segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
               D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
               STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr):  # fmt: skip
@@ -208,9 +245,8 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     first_row = tile_row * 2 * HALF + HALF_INDEX * HALF
     source = gl.minimum(first_row + gl.arange(0, HALF, gl.SliceLayout(1, wide)), pooled_rows - 1)
     line = bh.to(gl.int64) * pooled_rows
-    high, low = q_smem.index(2 * HALF_INDEX), q_smem.index(2 * HALF_INDEX + 1)
-    _copy(high, HIGH + line * D, source, D, D)
-    _copy(low, LOW + line * D, source, D, D)
+    pooled = q_smem.index(HALF_INDEX)
+    _copy(pooled, POOLED + line * D, source, D, D)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -234,26 +270,26 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
     clear = sink + (clear - sink) // 2 * 2  # two at a time, so that scores stay in the registers where they arrive
     into = 0
     if tiles > 0:
-        ahead = _start(high, low, k_smem, k_full, 0, True, N, STAGES, ACC)
+        ahead = _start(pooled, k_smem, k_full, 0, True, N, STAGES, ACC)
         scores = warpgroup_mma_wait(0, deps=(ahead,))
         mbarrier.arrive(k_empty.index(0))
         for t in range(0, sink):
             scores, top, into = _step(
-                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
                 MAXIMA, True, True, ACC)  # fmt: skip
         for t in range(sink, clear, 2):
             scores, top, into = _step(
-                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
                 MAXIMA, False, False, ACC)  # fmt: skip
             scores, top, into = _step(
-                scores, top, into, t + 1, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, into, t + 1, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
                 MAXIMA, False, False, ACC)  # fmt: skip
         for t in range(clear, tiles):
             scores, top, into = _step(
-                scores, top, into, t, lo, hi, end, high, low, k_smem, k_full, k_empty, words_base, width, blocks,
+                scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
                 MAXIMA, True, False, ACC)  # fmt: skip
     for t in range(tiles, all_tiles):
@@ -265,8 +301,8 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, HIGH, L
 
 
 @gluon.jit
-def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, pooled_rows, k_len, offset, width,
-                  blocks, row_tiles, segments, span, window,
+def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, pooled_rows, k_len, offset, width,
+                  blocks, row_tiles, segments, span, window, scale,
                   D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
                   STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
                   CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
@@ -284,21 +320,21 @@ def select_kernel(HIGH, LOW, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group,
         hi = gl.minimum(stop, (tile_row + 1) * 2 * HALF * P + offset)
     if hi > lo:
         dtype: gl.constexpr = K.dtype.element_ty
-        q_smem = gl.allocate_shared_memory(dtype, [4, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], dtype))
+        q_smem = gl.allocate_shared_memory(dtype, [2, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], dtype))
         k_smem = gl.allocate_shared_memory(dtype, [STAGES, N, D], gl.NVMMASharedLayout.get_default_for([N, D], dtype))
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=128)
             mbarrier.init(k_empty.index(i), count=2)
-        alpha = gl.load(ALPHA + bh)
+        alpha = gl.load(ALPHA + bh) / scale  # scores are without the scale
         k_base = K + (bh // heads).to(gl.int64) * skb + (bh % heads // group).to(gl.int64) * skh
         gl.warp_specialize(
             [
-                (_consumer, (gl.constexpr(0), q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row,
+                (_consumer, (gl.constexpr(0), q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row,
                              segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
                              D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
-                (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, HIGH, LOW, WORDS, TOPS, bh, tile_row,
+                (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row,
                              segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
                              D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
                 (_loader, (k_smem, k_full, k_empty, k_base, skn, WORDS, bh, tile_row, k_len, offset, width, blocks, lo,

@@ -82,6 +82,35 @@ def test_a_long_problem_is_cut_so_that_its_bits_fit() -> None:
         assert sum((h.stop - h.start) * (q.stop - q.start) for _, h, _, q, _ in parts) == heads * rows
 
 
+@pytest.mark.parametrize(
+    ("rows", "heads", "causal", "wanted", "rounds"),
+    [
+        (118_800, 24, False, (3, 924), 169),  # else 8 chunks of 21 rounds and 15 lists
+        (75_600, 40, False, (8, 591), 180),  # 35.8 rounds a chunk: full enough
+        (118_800, 24, True, (3, 929), 176),  # causal lists get shorter and fill the last round
+        (4096, 8, False, (8, 32), 2),
+    ],
+)
+def test_chunks_end_where_few_multiprocessors_go_without_work(
+    rows: int, heads: int, causal: bool, wanted: tuple[int, int], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vecattention.machine.multiprocessors", lambda device: 132)
+    rule = Rule(q_block_size=128, causal=causal)
+    problem = Problem(1, heads, heads, rows, rows, 128, torch.bfloat16, torch.device("cuda"), rule)
+    chunk = dispatch.chunk_for(problem, 0)
+    assert (chunk.heads, chunk.rows // 128) == wanted
+    parts = list(dispatch.parts(problem, chunk))
+    lists = [(p.heads.stop - p.heads.start) * -(-(p.rows.stop - p.rows.start) // 128) for p in parts]
+    assert sum(-(-n // 132) for n in lists) == rounds
+    assert sum(lists) == heads * -(-rows // 128) and max(lists) <= dispatch.bits_held(problem, chunk) // (
+        dispatch.bytes_per_block(problem)
+    )
+    seen = torch.zeros(heads, rows, dtype=torch.int32)
+    for part in parts:
+        seen[part.heads, part.rows] += 1
+    assert bool((seen == 1).all())
+
+
 @given(
     pool=st.sampled_from([16, 32, 64, 128]), share=st.integers(1, 8), q_len=st.integers(1, 2**22),
     k_len=st.integers(1, 2**22), batch=st.integers(1, 3), kv_heads=st.integers(1, 4), group=st.integers(1, 7),
@@ -102,7 +131,11 @@ def test_a_chunk_is_whole_blocks_of_some_heads(
         assert dispatch.bits_held(problem, chunk) <= max(dispatch.WORKSPACE[where], one)
     parts = [part for part in itertools.islice(dispatch.parts(problem, chunk), 50)]
     assert all(part.rows.start % block == 0 for part in parts)
-    assert max((p.batch.stop - p.batch.start) * (p.heads.stop - p.heads.start) for p in parts) <= chunk.heads
+    held = [
+        (p.batch.stop - p.batch.start) * (p.heads.stop - p.heads.start) * -(-(p.rows.stop - p.rows.start) // block)
+        for p in parts
+    ]
+    assert max(held) <= chunk.heads * chunk.rows // block
 
 
 def test_auto_prefers_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

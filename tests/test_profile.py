@@ -187,6 +187,7 @@ def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyP
     gpu(monkeypatch)
     monkeypatch.setenv(profile.VARIABLE, str(write(tmp_path / "p.json", crossovers=KNOWN)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("vecattention.machine.multiprocessors", lambda device: 132)
 
     def said(**rule: Any) -> str:
         asked = rule_of(128, **rule)
@@ -205,7 +206,7 @@ def test_shapes_that_want_too_much_shared_memory_are_named() -> None:
 
     launch.fitting(launch.AttendShape(), 128)
     launch.fitting(launch.SelectShape(), 128)
-    for shape in (launch.AttendShape(stages=4), launch.SelectShape(stages=6)):
+    for shape in (launch.AttendShape(stages=4), launch.SelectShape(stages=8)):
         with pytest.raises(ValueError, match=r"wants \d+ bytes of shared memory at head_dim 128.*VECATTENTION_PROFILE"):
             launch.fitting(shape, 128)
         launch.fitting(shape, 64)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
-from vecattention import bits, profile, spec
+from vecattention import bits, machine, profile, spec
 
 BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
 POOLED_ROWS = 128
@@ -143,7 +143,8 @@ def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
     """What is handled at once: ``asked`` queries of all heads, or (0) as many whole heads as the workspace allows.
 
     All queries of few heads rather than few queries of all heads, which is faster on a GPU
-    (docs/decisions/chunks-of-heads.md). Queries are cut where not even one head fits.
+    (docs/decisions/chunks-of-heads.md). Queries are cut where not even one head fits, and where a GPU would else leave
+    many multiprocessors without work at the end of each chunk.
     """
     block, all_heads = problem.rule.q_block_size, problem.batch * problem.heads
     blocks = -(-problem.q_len // block)
@@ -153,11 +154,38 @@ def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
     if fits >= blocks:
         sizes = spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, fits // blocks)
         most = max((b.stop - b.start) * (h.stop - h.start) for b, h, _ in sizes)
-        return Chunk(most, blocks * block)
+        return Chunk(most, _full_rounds(problem, most, blocks) * block)
     # The GPU selection works on whole tiles of pooled rows; a chunk has whole blocks in any case.
     tile = math.lcm(POOLED_ROWS * problem.rule.q_pooling_size, block)
     rows = fits * block
     return Chunk(1, max(block, rows // tile * tile or rows))
+
+
+def _full_rounds(problem: spec.Problem, heads: int, blocks: int) -> int:
+    """Blocks of a head that a chunk of ``heads`` heads takes: all, or so many that few multiprocessors go without work.
+
+    Each works on one list of 128 rows at a time. Not causal, all lists are of much the same length, and the last round
+    of every chunk can be nearly empty: then the rows that are left over become a chunk of their own, of more heads.
+    """
+    processors = machine.multiprocessors(problem.device)
+    if not processors or problem.rule.causal:
+        return blocks
+    shared = max(1, HOPPER_ROWS // problem.rule.q_block_size)
+    items = -(-blocks // shared)
+    fewer = heads * items // processors * processors // heads
+
+    def rounds(rows: int) -> int:
+        given = parts(problem, Chunk(heads, rows * HOPPER_ROWS))
+        return sum(-(-_lists(part) // processors) for part in given)
+
+    gain = rounds(items) - rounds(fewer) if 0 < fewer < items else 0
+    return fewer * shared if gain > 1 else blocks
+
+
+def _lists(part: Part) -> int:
+    """Lists of 128 rows of a chunk."""
+    batch, heads, rows = (int(x.stop - x.start) for x in (part.batch, part.heads, part.rows))
+    return batch * heads * -(-rows // HOPPER_ROWS)
 
 
 class Part(NamedTuple):
@@ -171,9 +199,12 @@ class Part(NamedTuple):
 
 
 def parts(problem: spec.Problem, chunk: Chunk) -> Iterator[Part]:
-    """The chunks of a problem."""
-    for heads in spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, chunk.heads):
-        for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, chunk.rows, problem.rule.causal):
+    """The chunks of a problem; where the last rows are fewer, of as many more heads as take no more memory."""
+    every, block = problem.batch * problem.heads, problem.rule.q_block_size
+    for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, chunk.rows, problem.rule.causal):
+        blocks = -(-(rows.stop - rows.start) // block)
+        most = min(every, chunk.heads * chunk.rows // block // blocks)
+        for heads in spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, most):
             yield Part(*heads, rows, keys)
 
 

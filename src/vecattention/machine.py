@@ -54,6 +54,13 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU of this machine; 0 for other devices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 STATE = ("clocks.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.sw_power_cap")
 """What `gpu_state` asks nvidia-smi for."""
 

@@ -85,8 +85,10 @@ class Tile(torch.Tensor):
         return SimpleNamespace(layout=None)
 
     def to(self, *given: Any, bitcast: bool = False, **more: Any) -> Any:
-        """As of a tensor; ``bitcast``: the same bits as another type."""
-        return self.contiguous().view(*given) if bitcast else super().to(*given, **more)
+        """As of a tensor; ``bitcast``: the same bits as another type, where a NaN has no sign, as a GPU makes them."""
+        if bitcast:
+            return self.masked_fill(self.isnan(), torch.nan).abs().where(self.isnan(), self).contiguous().view(*given)
+        return super().to(*given, **more)
 
 
 def tile(x: torch.Tensor) -> Any:
@@ -412,7 +414,8 @@ def _language() -> ModuleType:
         zeros_like=lambda x: tile(torch.zeros_like(x)), convert_layout=lambda x, _=None, assert_trivial=False: x,
         reshape=lambda x, shape: x.reshape([int(n) for n in shape]), permute=lambda x, order: x.permute(order),
         split=lambda x: (x[..., 0], x[..., 1]), join=lambda a, b: tile(torch.stack(torch.broadcast_tensors(a, b), -1)),
-        exp2=torch.exp2, log2=torch.log2, reduce_or=lambda x, axis: tile(_fold(x, axis, lambda a, b: a | b)[-1]),
+        abs=torch.abs, exp2=torch.exp2, log2=torch.log2,
+        reduce_or=lambda x, axis: tile(_fold(x, axis, lambda a, b: a | b)[-1]),
         associative_scan=lambda x, axis, call: tile(torch.stack(_fold(x, axis, call), axis)),
     )  # fmt: skip
     return gl

@@ -74,6 +74,21 @@ def test_crossovers_are_of_the_next_higher_density_and_their_own_kind() -> None:
     assert known.pays_from(False, 128) == 0
 
 
+def test_narrow_calls_pay_from_more_keys_on() -> None:
+    """Four heads of 64 do a fourteenth of the work of 28 heads of 128, and so do so at a root of that times as many."""
+    known = Profile("g", crossovers=(Crossover(True, 128, 0.5, 8192, 3584), Crossover(True, 64, 0.5, None, 3584)))
+    assert known.pays_from(True, 128) == known.pays_from(True, 128, width=3584) == 8192
+    assert known.pays_from(True, 128, width=5120) == 8192, "never fewer than were measured"
+    narrow = known.pays_from(True, 128, width=256)
+    assert 256 * (narrow - 1) ** 2 < 3584 * 8192**2 <= 256 * narrow**2
+    assert known.pays_from(True, 64, width=256) == profile.NEVER
+
+
+def test_shipped_crossovers_say_for_which_width_they_are() -> None:
+    held = [c for path in profile.SHIPPED.glob("*.json") for c in profile.read(path).crossovers]
+    assert held and all(c.width == (28 * 128 if c.causal else 40 * 128) for c in held)
+
+
 @pytest.mark.parametrize(
     ("held", "said"),
     [
@@ -89,6 +104,7 @@ def test_crossovers_are_of_the_next_higher_density_and_their_own_kind() -> None:
         (with_crossover(k_len=-5), "a value is out of range"),
         (with_crossover(causal=1), "a value is out of range"),
         (with_crossover(q_block_size=0), "a q_block_size is out of range"),
+        (with_crossover(width=-1), "a width is out of range"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, held: str, said: str) -> None:
@@ -197,6 +213,9 @@ def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "with 4096 keys a dense kernel is slower at 10 % density (crossover 2048), faster at 50 %" in said()
     assert "faster at 50 % density (crossover beyond what was measured)" in said(q_block_size=128)
     assert "not known for this GPU; vecattention bench tune measures it" in said(causal=False, q_block_size=64)
+    narrow = [entry | {"width": 16 * 256} for entry in KNOWN]  # 2 heads of 128 need 4 times as many keys
+    monkeypatch.setenv(profile.VARIABLE, str(write(tmp_path / "narrow.json", crossovers=narrow)))
+    assert "with 4096 keys a dense kernel is faster at 10 % density (crossover 8192), faster at 50 %" in said()
     assert "hint       lists for 128 rows" in said() and "hint" not in said(q_block_size=128)
 
 

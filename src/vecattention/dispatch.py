@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
@@ -53,7 +53,7 @@ class Explanation:
         chunk_heads: query heads handled at once, those of all batch rows counted.
         workspace: bytes of selection bits that a chunk holds.
         problem: the shapes, dtype and device asked about.
-        crossovers: what the GPU's profile knows of the lengths from which on such calls are faster than dense ones.
+        crossovers: from which lengths on such calls are faster than dense ones, as far as the GPU's profile knows.
     """
 
     backend: str | None
@@ -250,5 +250,6 @@ def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation
     chunk = chunk_for(problem, chunk_size)
     kind = (problem.rule.causal, problem.rule.q_block_size)
     known = [c for c in profile.of(problem.device).crossovers if (c.causal, c.q_block_size) == kind]
-    crossovers = tuple(sorted(known, key=lambda c: c.density))
+    width = problem.batch * problem.heads * problem.head_dim
+    crossovers = tuple(replace(c, k_len=c.keys(width)) for c in sorted(known, key=lambda c: c.density))
     return Explanation(chosen, reasons, chunk.rows, chunk.heads, bits_held(problem, chunk), problem, crossovers)

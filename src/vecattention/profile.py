@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +45,27 @@ class Crossover:
         causal, q_block_size: the kind of call.
         density: kept pairs over all allowed pairs, up to which this holds.
         k_len: keys; None: dense was faster at the longest measured length.
+        width: query heads times head_dim of the calls that were measured; 0: not known.
     """
 
     causal: bool
     q_block_size: int
     density: float
     k_len: int | None
+    width: int = 0
+
+    def keys(self, width: int) -> int | None:
+        """The length for calls of this width (B H D; 0: as measured); None: beyond what was measured.
+
+        A sparse call takes the host a time of its own, however little there is to compute, and a dense call's work
+        is as the width times the square of the length: narrower calls need to be longer by the root of the ratio.
+
+        >>> Crossover(True, 128, 0.5, 8192, width=28 * 128).keys(4 * 64)
+        30652
+        """
+        if self.k_len is None or not 0 < width < self.width:
+            return self.k_len
+        return math.ceil(self.k_len * math.sqrt(self.width / width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +103,10 @@ class Profile:
         except (TypeError, ValueError) as error:
             raise ProfileError(_bad(self.path, f"shapes[{kernel!r}] does not fit: {error}")) from error
 
-    def pays_from(self, causal: bool, q_block_size: int, density: float = 0.5) -> int:
+    def pays_from(self, causal: bool, q_block_size: int, density: float = 0.5, width: int = 0) -> int:
         """Keys from which on calls of at most this density are the faster ones; 0: not known; `NEVER`: at no length.
+
+        ``width``: B H D of the calls (`Crossover.keys`).
 
         >>> known = (Crossover(True, 64, 0.2, 4096), Crossover(True, 64, 0.5, 8192))
         >>> Profile(crossovers=known).pays_from(True, 64, 0.3)
@@ -98,7 +116,7 @@ class Profile:
         fits = [c for c in alike if c.density >= density]
         if not fits:
             return 0
-        known = min(fits, key=lambda c: c.density).k_len
+        known = min(fits, key=lambda c: c.density).keys(width)
         return NEVER if known is None else known
 
 
@@ -223,8 +241,12 @@ def _crossovers(held: object, path: Path) -> tuple[Crossover, ...]:
             raise ValueError("a value is out of range")
         if not all(type(c.q_block_size) is int and c.q_block_size > 0 for c in found):
             raise ValueError("a q_block_size is out of range")
+        if not all(type(c.width) is int and c.width >= 0 for c in found):
+            raise ValueError("a width is out of range")
     except (TypeError, ValueError) as error:
-        wanted = "a list of {causal: bool, q_block_size: rows, density: 0..1, k_len: keys or null}"
+        wanted = (
+            "a list of {causal: bool, q_block_size: rows, density: 0..1, k_len: keys or null, width: heads x head_dim}"
+        )
         raise ProfileError(_bad(path, f"crossovers is {held!r}, wanted {wanted} ({error})")) from error
     return found
 

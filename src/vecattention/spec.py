@@ -4,7 +4,8 @@ Block ``g`` of ``P`` queries starts at position ``start(g) = g P + Sk - Sq`` (ca
 
     s[g, j] = scale * < mean of the block's real queries, k_j >          (mean and product in float32)
 
-and key ``j`` is kept when it is a candidate and  ``s[g, j] + alpha >= m[g, j]``  with ``alpha = -ln(theta)``:
+(on Hopper the mean is then rounded to the dtype of the tensors) and key ``j`` is kept when it is a candidate and
+``s[g, j] + alpha >= m[g, j]``  with ``alpha = -ln(theta)``:
 
 * causal:      kept(g) = {0..P-1}  U  {start(g)..p}  U  { j : P <= j < start(g), s[g, j] + alpha >= m[g, j] },  j <= p;
 * non-causal:  kept(g) = { j : s[g, j] + alpha >= m[g, j] } over all keys.

@@ -102,6 +102,30 @@ def test_the_report_of_the_committed_records(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_readme_says_of_speed_is_in_the_records(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(RECORDS.with_name("h200-2026-11-28.jsonl")), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    wanted = {
+        "wan2.1-14b-720p | 64 128 window | 48.0 %": 1.76, "hunyuanvideo-720p | 64 128 window | 38.0 %": 2.19,
+        "qwen2.5-vl-128k | 64 128 window | 21.6 %": 3.67, "qwen2.5-vl-128k | 64 128 window | 7.0 %": 8.85,
+    }  # fmt: skip
+    for case, ratio in wanted.items():
+        line = next(line for line in said.splitlines() if line.startswith(f"| {case} |"))
+        assert "flash-attn-4" in line and f"| {ratio:.2f}x |" in line
+    readme = (RECORDS.parents[2] / "README.md").read_text()
+    assert "| FlashAttention-4, dense | " + " | ".join(f"{ratio:.2f}" for ratio in wanted.values()) + " |" in readme
+
+
+def test_the_page_on_rounded_means_holds_its_records(capsys: pytest.CaptureFixture[str]) -> None:
+    root = RECORDS.parents[2]
+    spec = importlib.util.spec_from_file_location("rounded_means", root / "benchmarks" / "rounded_means.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (root / "docs" / "decisions" / "rounded-means.md").read_text()
+    assert module.table(str(RECORDS.with_name("rounded-means.jsonl"))) in page
+
+
 @pytest.mark.parametrize("path", sorted(RECORDS.parent.glob("*00-*.jsonl")), ids=lambda path: path.stem)
 def test_every_committed_record_of_a_gpu_is_told_of(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(path), "--markdown"]) == 0

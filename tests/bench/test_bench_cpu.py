@@ -155,8 +155,10 @@ def test_crossovers_are_read_off_the_records() -> None:
         *rows(8192, 0.0, d10=1.0),
     ]  # fmt: skip
     expected = (
-        profile.Crossover(True, 64, 0.1, 4096),  # not 1024: at 2048 it lost; 4096 within 2 %; 8192 had no dense kernel
-        profile.Crossover(True, 64, 0.5, None),
+        profile.Crossover(
+            True, 64, 0.1, 4096, 3584
+        ),  # not 1024: at 2048 it lost; 4096 within 2 %; 8192 had no dense kernel
+        profile.Crossover(True, 64, 0.5, None, 3584),
     )
     assert tune.crossovers(found) == expected
     missed = [r | {"density": 0.3} if r.get("asked") == 0.1 else r for r in found]

@@ -92,6 +92,16 @@ def test_sets_and_outputs(backend: str, rule: dict[str, Any], causal: bool) -> N
         close(out, lse, query, key, value, law)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_that_are_no_numbers_are_never_kept(backend: str, causal: bool) -> None:
+    query, key, _ = tensors("prefix")
+    key[0, 0, 70], key[0, 1, 200], key[0, 0, 300, 5], query[0, 0, 40] = torch.nan, torch.inf, -torch.inf, torch.nan
+    given: dict[str, Any] = {"threshold": 0.5, "q_pooling_size": 32, "q_block_size": 128, "causal": causal}
+    for scope in ("window", "row"):
+        selection = vecattention.select(query, key, backend=backend, max_scope=scope, **given)
+        same_sets(selection, law_of(backend, query, key, max_scope=scope, **given))
+
+
 @pytest.mark.parametrize("dim, dtype", [(64, torch.bfloat16), (128, torch.float16), (64, torch.float16)])
 def test_other_heads_and_dtypes(backend: str, dim: int, dtype: torch.dtype) -> None:
     query, key, value = tensors("prefix", dim, dtype)

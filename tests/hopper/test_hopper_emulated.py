@@ -253,6 +253,28 @@ def test_strides_of_any_kind() -> None:
     Exact.of(query, key, value, law.mask(), 0.125).check(out, lse)
 
 
+@pytest.mark.parametrize("scope", ["window", "row"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_scores_that_are_no_numbers_are_never_kept(scope: str, causal: bool) -> None:
+    query, key, _ = tensors(2, 1, 300, 557)
+    key[0, 0, 70], key[0, 0, 200], key[0, 0, 300, 5], query[0, 0, 40] = torch.nan, torch.inf, -torch.inf, torch.nan
+    asked = rule_of(64, causal=causal, q_pooling_size=32, q_block_size=128, max_scope=scope)
+    alpha = torch.tensor([[0.5, 2.0]])
+    found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256))
+    assert int(bits.popcount(found ^ law_of(query, key, alpha, asked)).sum()) <= 1
+
+
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+@pytest.mark.parametrize("scope", ["window", "row"])
+def test_equal_scores_are_kept_together_at_a_threshold_of_one(scope: str, sign: int) -> None:
+    """All scores are the same number, below, at or above zero, and alpha is 0."""
+    query = torch.ones(1, 1, 300, 64, dtype=torch.float16)
+    key = torch.full((1, 1, 500, 64), 0.3 * sign, dtype=torch.float16)
+    asked = rule_of(64, causal=False, q_pooling_size=64, q_block_size=128, max_scope=scope)
+    found = launch.select(query, key, torch.zeros(1, 1), asked, launch.SelectShape(span=256))
+    assert bool(spec.Selection(found, 300, 500, 128, False).mask().all())
+
+
 MUTANTS = {
     "nothing": ("@gluon.jit\ndef _loader", "@gluon.jit\ndef _loader"),  # the control: it must be right
     "the second consumer takes the first one's rows": (

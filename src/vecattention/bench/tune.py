@@ -233,7 +233,9 @@ def crossovers(records: Sequence[Record]) -> tuple[Crossover, ...]:
     found = []
     for (causal, block, density), by_length in sorted(calls.items(), key=lambda entry: (not entry[0][0], entry[0][1:])):
         wins = list(itertools.takewhile(lambda entry: entry[1], sorted(by_length.items(), reverse=True)))
-        found.append(Crossover(causal, block, density, wins[-1][0] if wins else None))
+        case = length_case(0, causal)
+        width = case.heads * case.head_dim
+        found.append(Crossover(causal, block, density, wins[-1][0] if wins else None, width))
     return tuple(found)
 
 

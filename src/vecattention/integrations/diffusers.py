@@ -55,6 +55,7 @@ def apply(
             q_block_size=q_block_size, k_local_size=k_local_size, group_k_block=group_k_block, max_scope=max_scope,
             chunk_size=chunk_size, backend=backend, min_length=min_length,
             device=next(transformer.parameters()).device,
+            head_dim=int(getattr(transformer.config, "attention_head_dim", None) or 0),
         )  # fmt: skip
     whole = model if isinstance(getattr(model, "components", None), dict) else None
     run = Run(settings, Clock(whole), balance_heads)

@@ -65,10 +65,12 @@ def settings_of(
     min_length: int | None = None,
     vision_span: str | tuple[int, int] | None = None,
     device: torch.device | None = None,
+    head_dim: int = 0,
 ) -> Settings:
     """The `Settings` of these arguments for a model of so many layers and query heads.
 
-    ``device`` is the model's: min_length None then takes the crossover of its profile, where that is measured.
+    ``device`` is the model's: min_length None then takes the crossover of its profile, where that is measured, for
+    heads of ``head_dim`` (0: like the measured ones).
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or a table made for something else.
@@ -86,16 +88,16 @@ def settings_of(
     checks.chunk_size(chunk_size)
     limit = None if table is not None else _threshold(threshold, heads)
     if min_length is None:
-        length = max(2 * rule.q_pooling_size + 1, pays_from(device, True, rule.q_block_size))
+        length = max(2 * rule.q_pooling_size + 1, pays_from(device, True, rule.q_block_size, heads * head_dim))
     else:
         length = _length(min_length)
     kept = {name: getattr(rule, name) for name in given}
     return Settings(limit, table, kept, backend, chunk_size, length, _vision(vision_span))
 
 
-def pays_from(device: torch.device | None, causal: bool, q_block_size: int) -> int:
-    """Keys from which on sparse calls are the faster ones on this device; 0 where that is not known."""
-    return 0 if device is None else profile.shipped(device).pays_from(causal, q_block_size)
+def pays_from(device: torch.device | None, causal: bool, q_block_size: int, width: int) -> int:
+    """Keys from which on sparse calls of this width (H D) are the faster ones on this device; 0 where not known."""
+    return 0 if device is None else profile.shipped(device).pays_from(causal, q_block_size, width=width)
 
 
 def _threshold(value: float | Tensor | None, heads: int) -> Tensor:

@@ -98,10 +98,15 @@ def apply(
         layers=text.config.num_hidden_layers, heads=text.config.num_attention_heads, threshold=threshold, table=table,
         q_pooling_size=q_pooling_size, q_block_size=q_block_size, k_local_size=k_local_size,
         group_k_block=group_k_block, max_scope=max_scope, chunk_size=chunk_size, backend=backend,
-        min_length=min_length, vision_span=vision_span, device=text.device,
+        min_length=min_length, vision_span=vision_span, device=text.device, head_dim=_head_dim(text.config),
     )  # fmt: skip
     vision = VisionSpans(marks_of(whole.config)) if settings.vision == AUTO else None
     return _running(whole, text, Run(settings, None if vision is None else vision.spans), vision)
+
+
+def _head_dim(config: Any) -> int:
+    """Size of a head of a text model's attention; 0 where its configuration does not say."""
+    return int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // config.num_attention_heads)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 HALF = gl.constexpr(64)  # pooled rows of a consumer
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # no score but -inf is below it, and that is never kept
+ULP = gl.constexpr(2.0**-23)  # of one
+LARGEST = gl.constexpr(3.4028234663852886e38)
+TINY = gl.constexpr(1.0e-37)  # nothing beside any other number, but not zero
 
 
 @gluon.jit
@@ -107,8 +109,19 @@ def _sign(gap):
 
 
 @gluon.jit
+def _limit(top, alpha):
+    """A number just below ``top - alpha``, so that it less a kept score is negative, also one that meets the cut-off.
+
+    Finite where the maximum is inf, -inf where there is no candidate. It less a score that is -inf or NaN is inf or
+    NaN, which has no sign here.
+    """
+    cut = gl.minimum(top - alpha, LARGEST)
+    return cut - gl.abs(cut) * ULP
+
+
+@gluon.jit
 def _words(gap, N: gl.constexpr, SHARE: gl.constexpr):
-    """float [64, N] -> int32 words [64 // SHARE, N // 32]: which are not negative, in any of SHARE neighbouring rows.
+    """float [64, N] -> int32 words [64 // SHARE, N // 32]: which are negative, in any of SHARE neighbouring rows.
 
     Bit 8 o + 2 q + c of a word. A thread holds all o and c for its own q: it shifts their signs in one after another,
     joins its bytes of up to four words for the union over rows, and then pulls the bits of each apart.
@@ -126,7 +139,6 @@ def _words(gap, N: gl.constexpr, SHARE: gl.constexpr):
     own = (((own << 1) | _sign(odd_2)) << 1) | _sign(even_2)
     own = (((own << 1) | _sign(odd_1)) << 1) | _sign(even_1)
     own = (((own << 1) | _sign(odd_0)) << 1) | _sign(even_0)
-    own = own ^ 0xFF
     if SHARE > 1:
         joined = gl.sum(own << 8 * _along(1, N // 32, own), 1)
         joined = gl.reduce_or(gl.reshape(joined, (HALF // SHARE, SHARE, 4)), 1)[:, None, :]
@@ -215,11 +227,10 @@ def _step(scores, top, into, tile, lo, hi, end, pooled, k_smem, k_full, k_empty,
         top = gl.maximum(top, gl.max(scores, 1))
     else:
         if ROW_SCOPE:
-            gap = scores - gl.maximum(top - alpha, LOWEST)[:, None]
+            gap = _limit(top, alpha)[:, None] - scores
         else:
             tops, top = _cut(scores, top, into == 0, B, N)
-            cut = gl.maximum(tops - alpha, LOWEST) if EDGE else tops - alpha
-            gap = gl.reshape(scores, (HALF, N // B, B)) - cut[:, :, None]
+            gap = _limit(tops, alpha)[:, :, None] - gl.reshape(scores, (HALF, N // B, B))
             gap = gl.convert_layout(gl.reshape(gap, (HALF, N)), ACC, assert_trivial=True)
         words = _words(gap, N, SHARE)
         block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
@@ -327,7 +338,7 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=128)
             mbarrier.init(k_empty.index(i), count=2)
-        alpha = gl.load(ALPHA + bh) / scale  # scores are without the scale
+        alpha = gl.load(ALPHA + bh) / scale + TINY  # scores are without the scale
         k_base = K + (bh // heads).to(gl.int64) * skb + (bh % heads // group).to(gl.int64) * skh
         gl.warp_specialize(
             [

@@ -86,9 +86,12 @@ def dit_settings_of(
     chunk_size: int | None = None,
     backend: str = "auto",
     device: torch.device | None = None,
+    head_dim: int = 0,
     **rule: Any,
 ) -> DitSettings:
     """The `DitSettings` of these arguments for a transformer of so many layers and heads; ``rule``: as in `SETTINGS`.
+
+    ``device``, ``head_dim``: as for `settings_of`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or a table made for something else.
@@ -112,7 +115,7 @@ def dit_settings_of(
         min_length=0 if min_length is None else min_length, **asked,
     )  # fmt: skip
     if min_length is None:
-        base = replace(base, min_length=pays_from(device, False, base.block))
+        base = replace(base, min_length=pays_from(device, False, base.block, heads * head_dim))
     if table is not None:
         return DitSettings(base, schedule, table=table)
     if threshold is None and coverage is None and density is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,19 @@ def test_what_the_readme_says_of_speed_is_in_the_records(capsys: pytest.CaptureF
         assert "flash-attn-4" in line and f"| {ratio:.2f}x |" in line
     readme = (RECORDS.parents[2] / "README.md").read_text()
     assert "| FlashAttention-4, dense | " + " | ".join(f"{ratio:.2f}" for ratio in wanted.values()) + " |" in readme
+
+
+def test_source_trees_are_compared(tmp_path: Path) -> None:
+    root, out = RECORDS.parents[2], tmp_path / "trees.jsonl"
+    asked = [str(out), f"a={root / 'src'}", f"b={root / 'src'}", "--selections", "qwen2.5-vl-4k", "--device", "cpu"]
+    call = [sys.executable, str(root / "benchmarks" / "trees.py"), *asked, "--rounds", "2", "--ms", "1"]
+    said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    held = record.read(out)
+    assert [(r["variant"], r["equal"], r["rounds"]) for r in held] == [("a", True, 2), ("b", True, 2)]
+    assert all(0 < r["ms_min"] <= r["ms"] for r in held) and said.count("selection, R=128, P=64") == 2
+    assert cli.main(["report", str(out)]) == 0
+    wrong = subprocess.run([*call[:3], "a=nowhere", *call[5:]], capture_output=True, text=True)
+    assert wrong.returncode and "a is 'nowhere', wanted a folder that holds vecattention/" in wrong.stderr
 
 
 def test_the_page_on_rounded_means_holds_its_records(capsys: pytest.CaptureFixture[str]) -> None:

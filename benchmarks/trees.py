@@ -1,0 +1,192 @@
+"""Compare versions of the library: python benchmarks/trees.py OUT.jsonl before=../old/src after=src --calls ...
+
+Each version runs in a process of its own, from its own source tree. In each round the measurements come in random
+order, and of each the versions do: a clock that sinks as the device gets warm favours none. Printed and recorded are
+medians of the rounds; on a GPU calls are CUDA graphs. `equal`: the sum of a version's results is that of the first.
+
+    python benchmarks/trees.py out/trees.jsonl before=../old/src after=src --calls hunyuanvideo-720p:0.38 \\
+        --selections qwen2.5-vl-32k --lists square-32k:0.1:random square-32k:0.1:clustered --pool 64 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Work = dict[str, Any]
+
+
+def works(args: argparse.Namespace) -> list[Work]:
+    """What is to be measured, each as the JSON that a process is asked with."""
+    found: list[Work] = []
+    for name, pool in itertools.product(args.calls, args.pool):
+        case, density = name.split(":")
+        found.append({"what": "call", "case": case, "density": float(density), "pool": pool})
+    for case, pool in itertools.product(args.selections, args.pool):
+        found.append({"what": "selection", "case": case, "pool": pool})
+    for name in args.lists:
+        case, density, kind = name.split(":")
+        found.append({"what": "lists", "case": case, "density": float(density), "lists": kind})
+    return [work | {"block": args.block, "scope": args.scope, "device": args.device} for work in found]
+
+
+def title(work: Work) -> str:
+    """What a record says it is of."""
+    shown = f"R={work['block']}" + (f", P={work['pool']}" if "pool" in work else f", {work['lists']}")
+    return f"{work['what']}, {shown}" + (f", {100 * work['density']:g} %" if "density" in work else "")
+
+
+class Version:
+    """A process that measures with one source tree."""
+
+    def __init__(self, name: str, tree: str) -> None:
+        self.name = name
+        if not (Path(tree) / "vecattention" / "__init__.py").is_file():
+            raise SystemExit(f"{name} is {tree!r}, wanted a folder that holds vecattention/; pass NAME=PATH/src")
+        path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+
+    def ask(self, work: Work) -> Any:
+        """The answer of the process; SystemExit where it ended instead."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(work) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended; its error stands above")
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Let it go."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def answer() -> None:
+    """The loop of a process: a line of JSON in, the answer out."""
+    made: dict[str, Callable[[], Any]] = {}
+    for line in sys.stdin:
+        work = json.loads(line)
+        name = json.dumps({key: value for key, value in work.items() if key != "ms"})
+        if name not in made:
+            made[name] = _call_of(work)
+        print(json.dumps(made[name]() if "ms" not in work else _time(made[name], work)), flush=True)
+
+
+def _call_of(work: Work) -> Callable[[], Any]:
+    """A call that answers with a number made from all of its result."""
+    import torch
+
+    import vecattention
+    from vecattention.bench import studies
+    from vecattention.bench.cases import Source, case_of, lists
+    from vecattention.bench.timer import graphed
+
+    half = torch.bfloat16 if work["device"] == "cuda" else torch.float32
+    source = Source(case_of(work["case"]), work["device"], half)
+    query, key, value = source.tensors()
+    causal, kept = source.case.causal, []
+    rule = {"q_pooling_size": work.get("pool", 64), "q_block_size": work["block"], "max_scope": work["scope"]}
+    if work["what"] == "call":
+        theta, _ = studies.threshold_for(query, key, work["density"], rule | {"causal": causal})
+
+        def call() -> None:
+            kept[:] = [vecattention.vec_attention(query, key, value, threshold=theta, causal=causal, **rule)]
+    elif work["what"] == "selection":
+
+        def call() -> None:
+            kept[:] = [vecattention.select(query, key, threshold=0.8, causal=causal, **rule).words]
+    else:
+        ready = lists(source.case, work["density"], work["lists"], 0, work["block"], work["device"])
+
+        def call() -> None:
+            kept[:] = [vecattention.attend(query, key, value, ready)]
+
+    call()
+    again = graphed(call) if work["device"] == "cuda" else call
+
+    def run() -> str:
+        again()
+        return str(kept[0].double().sum().item())
+
+    run.again = again  # type: ignore[attr-defined]
+    return run
+
+
+def _time(run: Any, work: Work) -> float:
+    """Milliseconds of a call, of as many as take about work["ms"] together."""
+    import torch
+
+    wait = torch.cuda.synchronize if work["device"] == "cuda" else lambda: None
+    calls, took = 1, 0.0
+    while took < work["ms"]:
+        calls = calls if not took else max(calls + 1, int(calls * min(8.0, 1.1 * work["ms"] / took)))
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run.again()
+        wait()
+        took = 1e3 * (time.perf_counter() - start)
+    return took / calls
+
+
+def main() -> None:
+    """Ask all versions in turn, then record."""
+    if sys.argv[1:] == ["--worker"]:
+        answer()
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("trees", nargs="+", metavar="NAME=PATH", help="source trees, the first is compared with")
+    parser.add_argument("--calls", nargs="*", default=[], metavar="CASE:DENSITY")
+    parser.add_argument("--selections", nargs="*", default=[], metavar="CASE")
+    parser.add_argument("--lists", nargs="*", default=[], metavar="CASE:DENSITY:KIND")
+    parser.add_argument("--pool", nargs="*", type=int, default=[64], help="of calls and selections (64)")
+    parser.add_argument("--block", type=int, default=128, help="rows that share a list (128)")
+    parser.add_argument("--scope", default="window", choices=("window", "row"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ms", type=float, default=200.0, help="that each measurement takes about (200)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    args = parser.parse_args()
+    found = works(args)
+    if not found:
+        parser.error("nothing to measure; pass --calls, --selections or --lists")
+    from vecattention.bench import record
+
+    versions = [Version(*tree.split("=", 1)) for tree in args.trees]
+    sums = {(i, v.name): v.ask(work) for i, work in enumerate(found) for v in versions}
+    times: dict[tuple[int, str], list[float]] = {}
+    for _ in range(args.rounds):
+        for i in random.sample(range(len(found)), len(found)):
+            for v in random.sample(versions, len(versions)):
+                times.setdefault((i, v.name), []).append(v.ask(found[i] | {"ms": args.ms}))
+    rows = []
+    for (i, work), v in itertools.product(enumerate(found), versions):
+        key = {"study": "trials", "run": 1, "case": work["case"], "of": title(work), "variant": v.name}
+        mine = times[i, v.name]
+        row = key | {"ms": round(statistics.median(mine), 4), "ms_min": round(min(mine), 4), "rounds": len(mine),
+                     "equal": sums[i, v.name] == sums[i, versions[0].name], "work": work}  # fmt: skip
+        rows.append((key, lambda row=row: row))
+        print(f"{work['case']:22} {title(work):34} {v.name:12} {row['ms']:10.4f} ms (least {row['ms_min']:.4f})"
+              f"{'' if row['equal'] else '  another result'}")  # fmt: skip
+    for v in versions:
+        v.end()
+    list(record.run(args.out, rows, now=True))
+
+
+if __name__ == "__main__":
+    main()

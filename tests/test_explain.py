@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import sample
 
@@ -85,6 +86,7 @@ def test_a_long_problem_is_cut_so_that_its_bits_fit() -> None:
 @pytest.mark.parametrize(
     ("rows", "heads", "causal", "wanted", "rounds"),
     [
+        (65_536, 20, False, (10, 512), 78),  # 2 chunks of 38.8 rounds
         (118_800, 24, False, (3, 924), 169),  # else 8 chunks of 21 rounds and 15 lists
         (75_600, 40, False, (8, 591), 180),  # 35.8 rounds a chunk: full enough
         (118_800, 24, True, (3, 929), 176),  # causal lists get shorter and fill the last round
@@ -115,14 +117,17 @@ def test_chunks_end_where_few_multiprocessors_go_without_work(
     pool=st.sampled_from([16, 32, 64, 128]), share=st.integers(1, 8), q_len=st.integers(1, 2**22),
     k_len=st.integers(1, 2**22), batch=st.integers(1, 3), kv_heads=st.integers(1, 4), group=st.integers(1, 7),
     asked=st.one_of(st.just(0), st.integers(1, 2**23)), where=st.sampled_from(["cpu", "cuda"]),
+    processors=st.sampled_from([0, 108, 132]), causal=st.booleans(),
 )  # fmt: skip
 def test_a_chunk_is_whole_blocks_of_some_heads(
-    pool: int, share: int, q_len: int, k_len: int, batch: int, kv_heads: int, group: int, asked: int, where: str
-) -> None:
-    assume(pool * share <= 128)
-    heads, block, rule = kv_heads * group, pool * share, Rule(pool, pool * share, causal=False)
+    pool: int, share: int, q_len: int, k_len: int, batch: int, kv_heads: int, group: int, asked: int, where: str,
+    processors: int, causal: bool,
+) -> None:  # fmt: skip
+    heads, block, rule = kv_heads * group, pool * share, Rule(pool, pool * share, causal=causal)
+    k_len = max(q_len, k_len) if causal else k_len
     problem = Problem(batch, heads, kv_heads, q_len, k_len, 64, torch.float16, torch.device(where), rule)
-    chunk = dispatch.chunk_for(problem, asked)
+    with mock.patch("vecattention.machine.multiprocessors", lambda device: processors):
+        chunk = dispatch.chunk_for(problem, asked)
     assert chunk.rows % block == 0 and chunk.rows >= block and 1 <= chunk.heads <= batch * heads
     if asked:
         assert chunk.heads == batch * heads and (chunk.rows <= max(asked, block))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Iterator
@@ -154,32 +155,34 @@ def chunk_for(problem: spec.Problem, asked: int) -> Chunk:
     if fits >= blocks:
         sizes = spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, fits // blocks)
         most = max((b.stop - b.start) * (h.stop - h.start) for b, h, _ in sizes)
-        return Chunk(most, _full_rounds(problem, most, blocks) * block)
+        return Chunk(most, _full_rounds(problem, most, machine.multiprocessors(problem.device)) * block)
     # The GPU selection works on whole tiles of pooled rows; a chunk has whole blocks in any case.
     tile = math.lcm(POOLED_ROWS * problem.rule.q_pooling_size, block)
     rows = fits * block
     return Chunk(1, max(block, rows // tile * tile or rows))
 
 
-def _full_rounds(problem: spec.Problem, heads: int, blocks: int) -> int:
+@functools.lru_cache(maxsize=256)
+def _full_rounds(problem: spec.Problem, heads: int, processors: int) -> int:
     """Blocks of a head that a chunk of ``heads`` heads takes: all, or so many that few multiprocessors go without work.
 
-    Each works on one list of 128 rows at a time. Not causal, all lists are of much the same length, and the last round
-    of every chunk can be nearly empty: then the rows that are left over become a chunk of their own, of more heads.
+    Each works on one list of 128 rows at a time, as on Hopper. Not causal, all lists are of much the same length, and
+    the last round of every chunk can be nearly empty: then the rows that are left over become chunks of their own, of
+    more heads. A chunk more has to save more than two rounds, for its launches and for tiles that few rows fill badly.
+
+    Args:
+        processors: multiprocessors; 0: no GPU.
     """
-    processors = machine.multiprocessors(problem.device)
-    if not processors or problem.rule.causal:
+    block = problem.rule.q_block_size
+    blocks, items = -(-problem.q_len // block), -(-problem.q_len // HOPPER_ROWS)
+    if not processors or problem.rule.causal or block not in (HOPPER_ROWS // 2, HOPPER_ROWS):
         return blocks
-    shared = max(1, HOPPER_ROWS // problem.rule.q_block_size)
-    items = -(-blocks // shared)
     fewer = heads * items // processors * processors // heads
-
-    def rounds(rows: int) -> int:
-        given = parts(problem, Chunk(heads, rows * HOPPER_ROWS))
-        return sum(-(-_lists(part) // processors) for part in given)
-
-    gain = rounds(items) - rounds(fewer) if 0 < fewer < items else 0
-    return fewer * shared if gain > 1 else blocks
+    if not 0 < fewer < items:
+        return blocks
+    whole, cut = ([_lists(p) for p in parts(problem, Chunk(heads, rows * HOPPER_ROWS))] for rows in (items, fewer))
+    saved = sum(-(-n // processors) for n in whole) - sum(-(-n // processors) for n in cut)
+    return fewer * HOPPER_ROWS // block if saved > 2 * (len(cut) - len(whole)) else blocks
 
 
 def _lists(part: Part) -> int:
@@ -202,9 +205,8 @@ def parts(problem: spec.Problem, chunk: Chunk) -> Iterator[Part]:
     """The chunks of a problem; where the last rows are fewer, of as many more heads as take no more memory."""
     every, block = problem.batch * problem.heads, problem.rule.q_block_size
     for rows, keys in spec.query_chunks(problem.q_len, problem.k_len, chunk.rows, problem.rule.causal):
-        blocks = -(-(rows.stop - rows.start) // block)
-        most = min(every, chunk.heads * chunk.rows // block // blocks)
-        for heads in spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, most):
+        most = max(1, chunk.heads * chunk.rows // block // -(-(rows.stop - rows.start) // block))
+        for heads in spec.head_chunks(problem.batch, problem.heads, problem.kv_heads, min(every, most)):
             yield Part(*heads, rows, keys)
 
 
@@ -214,7 +216,7 @@ def bytes_per_block(problem: spec.Problem) -> int:
 
 
 def workspace(problem: spec.Problem, chunk: Chunk) -> int:
-    """Bytes that a chunk takes beside the tensors and the output: bits and pooled queries."""
+    """Bytes that a chunk takes beside the tensors and the output: bits and pooled queries, these in float32."""
     pooled = -(-min(chunk.rows, problem.q_len) // problem.rule.q_pooling_size) * (problem.head_dim * 4 + 4)
     return bits_held(problem, chunk) + pooled * chunk.heads
 

@@ -58,7 +58,8 @@ class Crossover:
         """The length for calls of this width (B H D; 0: as measured); None: beyond what was measured.
 
         A sparse call takes the host a time of its own, however little there is to compute, and a dense call's work
-        is as the width times the square of the length: narrower calls need to be longer by the root of the ratio.
+        is as the width times the square of the length: by this estimate narrower calls need to be longer by the root of
+        the ratio.
 
         >>> Crossover(True, 128, 0.5, 8192, width=28 * 128).keys(4 * 64)
         30652

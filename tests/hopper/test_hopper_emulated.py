@@ -60,11 +60,16 @@ class Count:
         return run
 
 
+STRETCHES: list[tuple[int, int]] = []
+"""(items, items that share keys) of each call."""
+
+
 class Order:
     """In place of `launch.order_kernel`."""
 
     def __getitem__(self, grid: object) -> Any:
         def run(counts: Tensor, items: int, size: int, SIZE: int, OTHERS: int) -> None:
+            STRETCHES.append((items, size))
             longest = counts[:items].view(-1, size).flip(1).sort(dim=1, descending=True, stable=True).indices
             counts[items + 1 :] = (size - 1 - longest + torch.arange(0, items, size)[:, None]).flatten()
 
@@ -257,11 +262,36 @@ def test_strides_of_any_kind() -> None:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_scores_that_are_no_numbers_are_never_kept(scope: str, causal: bool) -> None:
     query, key, _ = tensors(2, 1, 300, 557)
-    key[0, 0, 70], key[0, 0, 200], key[0, 0, 300, 5], query[0, 0, 40] = torch.nan, torch.inf, -torch.inf, torch.nan
+    key[0, 0, 70], key[0, 0, 200], query[0, 0, 40] = torch.nan, torch.inf, torch.nan  # an infinite key scores NaN
+    key[0, 0, 300, 5] = -torch.inf  # scores inf or -inf
     asked = rule_of(64, causal=causal, q_pooling_size=32, q_block_size=128, max_scope=scope)
     alpha = torch.tensor([[0.5, 2.0]])
     found = launch.select(query, key, alpha, asked, launch.SelectShape(span=256))
     assert int(bits.popcount(found ^ law_of(query, key, alpha, asked)).sum()) <= 1
+
+
+def test_a_score_just_below_the_cut_off_is_not_kept() -> None:
+    """Scores of 2 ** 22 + j, which float32 holds to a half, and alpha 0: only the largest is kept."""
+    query, key = torch.zeros(1, 1, 300, 64, dtype=torch.float16), torch.zeros(1, 1, 500, 64, dtype=torch.float16)
+    query[..., 0], query[..., 1], key[..., 0] = 2048, 1, 2048
+    key[..., 1] = torch.arange(500) % 250
+    for scope in ("window", "row"):
+        asked = rule_of(64, causal=False, q_pooling_size=64, q_block_size=128, max_scope=scope)
+        found = launch.select(query, key, torch.zeros(1, 1), asked, launch.SelectShape(span=256))
+        assert torch.equal(found, law_of(query, key, torch.zeros(1, 1), asked))
+
+
+def test_batches_of_heads_that_share_keys() -> None:
+    query, key, value = (torch.cat([x, x.flip(2)]) for x in tensors(4, 2, 300, 557))
+    asked = rule_of(64, causal=False, q_pooling_size=32, q_block_size=128)
+    alpha = torch.tensor([[0.1, 0.6, 0.3, 1.0], [0.2, 0.4, 2.0, 0.05]])
+    words = launch.select(query, key, alpha, asked, launch.SelectShape(span=256))
+    assert int(bits.popcount(words ^ law_of(query, key, alpha, asked)).sum()) <= 2
+    selection = spec.Selection(words, 300, 557, 128, False)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+    launch.attend(query, key, value, selection, 0.125, out, lse)
+    Exact.of(query, key, value, selection.mask(), 0.125).check(out, lse)
+    assert STRETCHES[-1] == (2 * 4 * 3, 2 * 3), "two heads of three lists each read the same keys"
 
 
 @pytest.mark.parametrize("sign", [-1, 0, 1])

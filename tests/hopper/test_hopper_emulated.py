@@ -413,7 +413,7 @@ def test_the_emulator_sees_what_the_attention_does_wrong(
     monkeypatch.setattr(launch, "attend_kernel", gluon_emulator.Kernel(kernel))
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 60.0 if name == "nothing" else 5.0)
     # Whether a buffer is written anew before it is read depends on who is faster: the loader gets its time.
-    monkeypatch.setattr(gluon_emulator, "SLOW", 0.02 if name.startswith("bits are read") else 0.002)
+    monkeypatch.setattr(gluon_emulator, "SLOW", 0.02 if "given back" in name else 0.002)
     query, key, value = tensors(2, 1, 400, 500)
     generator = torch.Generator().manual_seed(1)
     for block, density, late in ((64, 0.5, 0.0), (128, 0.5, 0.0), (128, 0.5, 0.03), (128, 0.08, 0.05)):  # single tiles

@@ -18,7 +18,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ class Version:
 
     def __init__(self, name: str, tree: str) -> None:
         self.name = name
-        if not (Path(tree) / "vecattention" / "__init__.py").is_file():
-            raise SystemExit(f"{name} is {tree!r}, wanted a folder that holds vecattention/; pass NAME=PATH/src")
         path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -77,39 +74,52 @@ class Version:
 
 
 def answer() -> None:
-    """The loop of a process: a line of JSON in, the answer out."""
-    made: dict[str, Callable[[], Any]] = {}
+    """The loop of a process: a line of JSON in, the answer out; the time of a call if it says "ms", else its sum."""
+    from vecattention.bench.timer import measure
+
+    made: dict[str, tuple[Callable[[], object], list[Any]]] = {}
     for line in sys.stdin:
         work = json.loads(line)
-        name = json.dumps({key: value for key, value in work.items() if key != "ms"})
+        budget = work.pop("ms", None)
+        name = json.dumps(work)
         if name not in made:
             made[name] = _call_of(work)
-        print(json.dumps(made[name]() if "ms" not in work else _time(made[name], work)), flush=True)
+        call, kept = made[name]
+        if budget is None:
+            call()
+            print(json.dumps(str(kept[0].double().sum().item())), flush=True)
+        else:
+            print(json.dumps(measure(call, budget, work["device"]).median), flush=True)
 
 
-def _call_of(work: Work) -> Callable[[], Any]:
-    """A call that answers with a number made from all of its result."""
+def _call_of(work: Work) -> tuple[Callable[[], object], list[Any]]:
+    """What is timed, and the list in which it leaves its result: of a selection, which goes by chunks, the last."""
     import torch
 
     import vecattention
+    from vecattention import dispatch, ops
     from vecattention.bench import studies
     from vecattention.bench.cases import Source, case_of, lists
     from vecattention.bench.timer import graphed
+    from vecattention.spec import Problem
 
-    half = torch.bfloat16 if work["device"] == "cuda" else torch.float32
-    source = Source(case_of(work["case"]), work["device"], half)
+    gpu, kept = work["device"] == "cuda", []
+    source = Source(case_of(work["case"]), work["device"], torch.bfloat16 if gpu else torch.float32)
     query, key, value = source.tensors()
-    causal, kept = source.case.causal, []
-    rule = {"q_pooling_size": work.get("pool", 64), "q_block_size": work["block"], "max_scope": work["scope"]}
+    rule = {"q_pooling_size": work.get("pool", 64), "q_block_size": work["block"], "max_scope": work["scope"],
+            "causal": source.case.causal}  # fmt: skip
     if work["what"] == "call":
-        theta, _ = studies.threshold_for(query, key, work["density"], rule | {"causal": causal})
+        theta, _ = studies.threshold_for(query, key, work["density"], rule)
 
         def call() -> None:
-            kept[:] = [vecattention.vec_attention(query, key, value, threshold=theta, causal=causal, **rule)]
+            kept[:] = [vecattention.vec_attention(query, key, value, threshold=theta, **rule)]
     elif work["what"] == "selection":
+        problem = Problem.of(query, key, ops.rule_of(query.shape[3], **rule))
+        chunks = list(dispatch.parts(problem, dispatch.chunk_for(problem, 0)))
 
         def call() -> None:
-            kept[:] = [vecattention.select(query, key, threshold=0.8, causal=causal, **rule).words]
+            for b, h, g, rows, keys in chunks:
+                kept[:] = [vecattention.select(query[b, h, rows], key[b, g, keys], **rule).words]
     else:
         ready = lists(source.case, work["density"], work["lists"], 0, work["block"], work["device"])
 
@@ -117,31 +127,7 @@ def _call_of(work: Work) -> Callable[[], Any]:
             kept[:] = [vecattention.attend(query, key, value, ready)]
 
     call()
-    again = graphed(call) if work["device"] == "cuda" else call
-
-    def run() -> str:
-        again()
-        return str(kept[0].double().sum().item())
-
-    run.again = again  # type: ignore[attr-defined]
-    return run
-
-
-def _time(run: Any, work: Work) -> float:
-    """Milliseconds of a call, of as many as take about work["ms"] together."""
-    import torch
-
-    wait = torch.cuda.synchronize if work["device"] == "cuda" else lambda: None
-    calls, took = 1, 0.0
-    while took < work["ms"]:
-        calls = calls if not took else max(calls + 1, int(calls * min(8.0, 1.1 * work["ms"] / took)))
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run.again()
-        wait()
-        took = 1e3 * (time.perf_counter() - start)
-    return took / calls
+    return graphed(call) if gpu else call, kept
 
 
 def main() -> None:
@@ -162,12 +148,19 @@ def main() -> None:
     parser.add_argument("--ms", type=float, default=200.0, help="that each measurement takes about (200)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
-    found = works(args)
+    try:
+        found = works(args)
+    except ValueError as error:
+        parser.error(f"a measurement is not of the form that --help shows ({error})")
     if not found:
         parser.error("nothing to measure; pass --calls, --selections or --lists")
+    trees = [tree.partition("=")[::2] for tree in args.trees]
+    for name, tree in trees:
+        if not (Path(tree) / "vecattention" / "__init__.py").is_file():
+            parser.error(f"{name} is {tree!r}, wanted a folder that holds vecattention/; pass NAME=PATH/src")
     from vecattention.bench import record
 
-    versions = [Version(*tree.split("=", 1)) for tree in args.trees]
+    versions = [Version(name, tree) for name, tree in trees]
     sums = {(i, v.name): v.ask(work) for i, work in enumerate(found) for v in versions}
     times: dict[tuple[int, str], list[float]] = {}
     for _ in range(args.rounds):

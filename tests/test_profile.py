@@ -15,6 +15,7 @@ import torch
 
 import vecattention
 from vecattention import dispatch, profile
+from vecattention.integrations.dit.settings import dit_settings_of
 from vecattention.integrations.settings import settings_of
 from vecattention.ops import rule_of
 from vecattention.profile import Crossover, Profile, ProfileError
@@ -82,6 +83,17 @@ def test_narrow_calls_pay_from_more_keys_on() -> None:
     narrow = known.pays_from(True, 128, width=256)
     assert 256 * (narrow - 1) ** 2 < 3584 * 8192**2 <= 256 * narrow**2
     assert known.pays_from(True, 64, width=256) == profile.NEVER
+
+
+def test_apply_leaves_narrow_models_dense_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200: 28 heads of 128 gain from 8,192 keys on, causal, 40 not causal; fewer and smaller ones from more."""
+    gpu(monkeypatch, "NVIDIA H200")
+    where = torch.device("cuda")
+    for heads, dim, causal, full in ((28, 128, 8192, 9792), (40, 128, 8192, 8192), (4, 64, 30652, 36636)):
+        text = settings_of(layers=1, heads=heads, device=where, head_dim=dim)
+        video = dit_settings_of(layers=1, heads=heads, device=where, head_dim=dim)
+        assert (text.min_length, video.base.min_length) == (causal, full)
+    assert settings_of(layers=1, heads=4, device=where, head_dim=64, min_length=500).min_length == 500
 
 
 def test_shipped_crossovers_say_for_which_width_they_are() -> None:

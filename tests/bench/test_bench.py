@@ -127,8 +127,13 @@ def test_source_trees_are_compared(tmp_path: Path) -> None:
     assert [(r["variant"], r["equal"], r["rounds"]) for r in held] == [("a", True, 2), ("b", True, 2)]
     assert all(0 < r["ms_min"] <= r["ms"] for r in held) and said.count("selection, R=128, P=64") == 2
     assert cli.main(["report", str(out)]) == 0
-    wrong = subprocess.run([*call[:3], "a=nowhere", *call[5:]], capture_output=True, text=True)
-    assert wrong.returncode and "a is 'nowhere', wanted a folder that holds vecattention/" in wrong.stderr
+    for asked, why in (
+        (["a=nowhere", "--selections", "x"], "a is 'nowhere', wanted a folder that holds vecattention/"),
+        ([call[3], "--calls", "qwen2.5-vl-4k"], "not of the form that --help shows"),
+        ([call[3]], "nothing to measure"),
+    ):
+        wrong = subprocess.run([*call[:3], *asked], capture_output=True, text=True)
+        assert wrong.returncode == 2 and why in wrong.stderr
 
 
 def test_the_page_on_rounded_means_holds_its_records(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,18 @@ def test_integers_and_numbers_of_other_kinds_are_numbers(model: Any) -> None:
         assert run.stats.sparse_calls == 2
 
 
+def test_the_width_of_the_model_decides_from_which_length_on_it_pays(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vecattention.integrations import settings
+
+    monkeypatch.setattr(settings, "pays_from", lambda device, causal, block, width: 1000 + width)
+    width = model.config.num_attention_heads * model.config.head_dim
+    with torch.no_grad(), vecattention.apply(model) as run:
+        model(hf_tiny.text(300)["input_ids"])
+    assert f"the sequence has fewer than min_length={1000 + width} keys" in str(run)
+
+
 def test_what_a_run_prints(model: Any) -> None:
     with torch.no_grad(), vecattention.apply(model) as run:
         assert "dense in" not in str(run)

@@ -91,6 +91,18 @@ def test_processors_of_other_kinds_are_refused_by_name() -> None:
     assert "Sparse" not in str(model.attn_processors)
 
 
+def test_the_width_of_the_model_decides_from_which_length_on_it_pays(wan, monkeypatch) -> None:
+    from vecattention.integrations.dit import settings
+
+    pipe, stock = wan
+    monkeypatch.setattr(settings, "pays_from", lambda device, causal, block, width: 1000 + width)
+    config = pipe.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    with vecattention.apply(pipe, threshold=0.9, dense_steps=0) as run:
+        assert torch.equal(generate_wan(pipe), stock)
+    assert list(run.stats.reasons) == [f"the sequence has fewer than min_length={1000 + width} keys"]
+
+
 def test_short_sequences_stay_dense_on_demand(wan, caplog) -> None:
     pipe, stock = wan
     with vecattention.apply(pipe, threshold=0.9, dense_steps=0, min_length=193) as run:

@@ -47,8 +47,9 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
             `vecattention.vec_attention`; pipelines take q_block_size=128, q_pooling_size=32 and, unless group_k_block
             asks for a window, max_scope="row" where nothing else is given.
         min_length: calls with fewer keys stay dense. None: the length from which on sparse calls at half density are
-            faster on this GPU, where its shipped profile knows it (`vecattention.profile`), else what can gain:
-            2 * q_pooling_size + 1 in causal models, below which each block's first and own keys are all there is.
+            faster on this GPU for so many and such heads, where its shipped profile knows it (`vecattention.profile`),
+            else what can gain: 2 * q_pooling_size + 1 in causal models, below which each block's first and own keys
+            are all there is.
         vision_span: None makes all rows sparse, text included. (start, end) in token positions, or "auto" to find
             them from input_ids, is the published way for video understanding: rows before and after the span of the
             vision tokens stay dense, rows inside attend sparsely.

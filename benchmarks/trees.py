@@ -57,10 +57,19 @@ class Version:
         )  # fmt: skip
 
     def ask(self, work: Work) -> Any:
-        """The answer of the process; SystemExit where it ended instead."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        """The answer of the process."""
+        self.send(work)
+        return self.answer()
+
+    def send(self, work: Work) -> None:
+        """Ask without waiting for the answer."""
+        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(work) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The answer to what was sent; SystemExit where the process ended instead."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended; its error stands above")
@@ -161,7 +170,11 @@ def main() -> None:
     from vecattention.bench import record
 
     versions = [Version(name, tree) for name, tree in trees]
-    sums = {(i, v.name): v.ask(work) for i, work in enumerate(found) for v in versions}
+    sums = {}
+    for i, work in enumerate(found):  # all at once, as each compiles its own kernels
+        for v in versions:
+            v.send(work)
+        sums |= {(i, v.name): v.answer() for v in versions}
     times: dict[tuple[int, str], list[float]] = {}
     for _ in range(args.rounds):
         for i in random.sample(range(len(found)), len(found)):

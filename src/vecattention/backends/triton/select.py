@@ -28,7 +28,10 @@ def pool_kernel(Q, POOLED, sqb, sqh, sqn, heads, q_len, pooled_rows, scale,
 
 @triton.jit
 def _scores(high, low, keys, SPLIT: tl.constexpr):
-    """float32 [T, KB]; a half-precision key meets the pooled row as a sum of two halves, so the mean keeps 16 bits."""
+    """float32 [T, KB]; a half-precision key meets the pooled row as a sum of two halves, so the mean keeps 16 bits.
+
+    An infinite score cancels to NaN where the halves have different signs, and is then never kept.
+    """
     if SPLIT:
         return tl.dot(low, keys.T, tl.dot(high, keys.T))
     return tl.dot(high, keys.T, input_precision="ieee")

@@ -101,8 +101,8 @@ def attend_constants(causal: bool, pair: bool, dim: int) -> dict[str, Any]:
 def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tmp_path: Path) -> None:
     said, shown = build(attend_kernel, attend_constants(causal, False, dim), dtype, tmp_path)
     assert "serialized" not in said
-    # The pinned Triton spills one scalar of a work item at most; other versions get a little room, for such too.
-    assert spilled(said) <= (8 if triton.__version__.startswith("3.6.") else 48)
+    # The pinned Triton spills one register at most; other versions get a little room, for such too.
+    assert spilled(said) <= (4 if triton.__version__.startswith("3.6.") else 48)
     assert shown.count("HGMMA") == 2 * 2 * (dim // 16 + 8), "of two consumers the first scores, a step, the last values"
     assert "LDGSTS.E.BYPASS.128" in shown and "USETMAXREG" in shown
     assert "HMMA.16" not in shown.replace("HGMMA", "")
@@ -114,7 +114,7 @@ def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tm
 def test_attention_over_pairs_of_lists(causal: bool, tmp_path: Path) -> None:
     said, shown = build(attend_kernel, attend_constants(causal, True, 128), "bf16", tmp_path)
     assert "serialized" not in said
-    assert spilled(said) <= (8 if triton.__version__.startswith("3.6.") else 64)
+    assert spilled(said) <= (4 if triton.__version__.startswith("3.6.") else 64)
     assert "HGMMA" in shown
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis runs the same examples every time.
+"""Hypothesis runs the same examples every time, and processes that test side by side share the cores.
 
 HYPOTHESIS_PROFILE=explore draws new ones, and more of them; "first failure" shows a failure without making it smaller.
 """
@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 
 from hypothesis import HealthCheck, Phase, settings
+
+# Before torch is imported: threads of more than one process that wait for each other on one core take twice the time.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, suppress_health_check=SLOW)

@@ -106,6 +106,9 @@ def test_attention_over_lists_of_128_rows(causal: bool, dim: int, dtype: str, tm
     assert shown.count("HGMMA") == 2 * 2 * (dim // 16 + 8), "of two consumers the first scores, a step, the last values"
     assert "LDGSTS.E.BYPASS.128" in shown and "USETMAXREG" in shown
     assert "HMMA.16" not in shown.replace("HGMMA", "")
+    loader = max(shown.split("USETMAXREG"), key=lambda role: role.count("LDGSTS"))
+    addresses = set(re.findall(r"LDGSTS[^;]*\]\[(R\d+)", loader))
+    assert len(addresses) >= 8, "with one pair of registers for all addresses each copy waits for the one before"
     waits = 5  # of a consumer: first keys, second keys; in a step values and the next keys; last values
     assert shown.count("FENCE.VIEW.ASYNC") >= 2 * waits, "of two consumers, each wait has its fence"
 

@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/vecattention demo
 
-# A file is one process's, so that what its tests share is made once; tests/conftest.py shares out the cores.
+# A file is one process's, so that what its tests share is made once, and the long files come early, as by name;
+# tests/conftest.py shares out the cores.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 

@@ -86,14 +86,14 @@ def answer() -> None:
     """The loop of a process: a line of JSON in, the answer out; the time of a call if it says "ms", else its sum."""
     from vecattention.bench.timer import measure
 
-    made: dict[str, tuple[Callable[[], object], list[Any]]] = {}
+    made: dict[str, tuple[Callable[[], object], list[Any], Callable[[], object]]] = {}
     for line in sys.stdin:
         work = json.loads(line)
         budget = work.pop("ms", None)
         name = json.dumps(work)
         if name not in made:
             made[name] = _call_of(work)
-        call, kept = made[name]
+        call, kept, _ = made[name]
         if budget is None:
             call()
             print(json.dumps(str(kept[0].double().sum().item())), flush=True)
@@ -101,8 +101,11 @@ def answer() -> None:
             print(json.dumps(measure(call, budget, work["device"]).median), flush=True)
 
 
-def _call_of(work: Work) -> tuple[Callable[[], object], list[Any]]:
-    """What is timed, and the list in which it leaves its result: of a selection, which goes by chunks, the last."""
+def _call_of(work: Work) -> tuple[Callable[[], object], list[Any], Callable[[], object]]:
+    """What is timed, the list in which it leaves its result (of a selection, which goes by chunks, the last), the call.
+
+    The call has to be held: it has the tensors, and older trees' graphs do not hold it.
+    """
     import torch
 
     import vecattention
@@ -136,7 +139,7 @@ def _call_of(work: Work) -> tuple[Callable[[], object], list[Any]]:
             kept[:] = [vecattention.attend(query, key, value, ready)]
 
     call()
-    return graphed(call) if gpu else call, kept
+    return graphed(call) if gpu else call, kept, call
 
 
 def main() -> None:

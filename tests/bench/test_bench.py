@@ -184,6 +184,14 @@ def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
     assert len(set(keys)) == len(keys) - 2, "dense of two cases is asked for by two parts, and measured once"
 
 
+def test_no_candidate_is_the_default_itself() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from vecattention.backends.hopper import launch
+
+    assert launch.AttendShape() not in [launch.AttendShape(**fields) for fields in tune.HOPPER_ATTEND]
+    assert launch.SelectShape() not in [launch.SelectShape(**fields) for fields in tune.HOPPER_SELECT]
+
+
 def test_the_state_of_a_gpu_is_what_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho '1605, 696.48, 700.00, 64, Active'\n")

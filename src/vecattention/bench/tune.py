@@ -54,7 +54,7 @@ HOPPER_ATTEND = tuple(
     for (step, stages), (consumer, loader) in itertools.product(
         ((128, 2), (128, 3), (64, 4), (64, 5), (64, 6)), ((224, 56), (216, 72), (208, 88))
     )
-    if (step, stages, consumer) != (128, 3, 224)  # the default
+    if (step, stages, consumer) != (128, 3, 216)  # the default
 )
 HOPPER_SELECT = tuple(
     {"span": span, "stages": stages}

@@ -186,10 +186,16 @@ def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
 
 def test_no_candidate_is_the_default_itself() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from vecattention.backends.hopper import launch
+    from vecattention.backends.hopper import launch as hopper
+    from vecattention.backends.triton import launch as triton
 
-    assert launch.AttendShape() not in [launch.AttendShape(**fields) for fields in tune.HOPPER_ATTEND]
-    assert launch.SelectShape() not in [launch.SelectShape(**fields) for fields in tune.HOPPER_SELECT]
+    for kernel in tune.kernels("hopper", causal=True):
+        shape = hopper.SelectShape if kernel.selects else hopper.AttendShape
+        assert kernel.candidates and shape() not in [shape(**fields) for fields in kernel.candidates]
+    for kernel in tune.kernels("triton", causal=True):
+        default = triton.attend_shape(kernel.block, 128, torch.bfloat16)
+        given = {"step": default.step, "warps": default.warps, "stages": default.stages}
+        assert given in tune.TRITON_ATTEND and given not in kernel.candidates
 
 
 def test_the_state_of_a_gpu_is_what_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,12 +54,9 @@ HOPPER_ATTEND = tuple(
     for (step, stages), (consumer, loader) in itertools.product(
         ((128, 2), (128, 3), (64, 4), (64, 5), (64, 6)), ((224, 56), (216, 72), (208, 88))
     )
-    if (step, stages, consumer) != (128, 3, 216)  # the default
 )
 HOPPER_SELECT = tuple(
-    {"span": span, "stages": stages}
-    for span, stages in itertools.product((0, 2048, 4096, 8192, 16384), (3, 4, 5))
-    if (span, stages) != (0, 4)  # the default
+    {"span": span, "stages": stages} for span, stages in itertools.product((0, 2048, 4096, 8192, 16384), (3, 4, 5))
 )
 TRITON_ATTEND = tuple(
     {"step": step, "warps": warps, "stages": stages}
@@ -92,10 +89,19 @@ def kernels(backend: str, causal: bool, head_dim: int = 128, dtype: torch.dtype 
     launch = _launch(backend)
     if backend == "triton":
         return [
-            Kernel(f"triton.{launch.attend_kind(block, head_dim, dtype)}", block, TRITON_ATTEND) for block in (64, 128)
-        ]
-    found = [Kernel(f"hopper.{launch.attend_kind(block == 64, causal)}", block, HOPPER_ATTEND) for block in (128, 64)]
-    return [*found, Kernel(f"hopper.{launch.select_kind(causal)}", 128, HOPPER_SELECT)]
+            Kernel(f"triton.{launch.attend_kind(block, head_dim, dtype)}", block,
+                   _others(launch.attend_shape(block, head_dim, dtype), TRITON_ATTEND))
+            for block in (64, 128)
+        ]  # fmt: skip
+    attend = _others(launch.AttendShape(), HOPPER_ATTEND)
+    found = [Kernel(f"hopper.{launch.attend_kind(block == 64, causal)}", block, attend) for block in (128, 64)]
+    select = _others(launch.SelectShape(), HOPPER_SELECT)
+    return [*found, Kernel(f"hopper.{launch.select_kind(causal)}", 128, select)]
+
+
+def _others(default: Any, candidates: Sequence[dict[str, int]]) -> tuple[dict[str, int], ...]:
+    """The candidates that are not the default itself."""
+    return tuple(fields for fields in candidates if dataclasses.replace(default, **fields) != default)
 
 
 Trial = tuple[dict[str, Any], "partial[Record]"]

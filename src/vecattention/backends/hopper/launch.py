@@ -33,8 +33,8 @@ class AttendShape:
 
     step: int = 128
     stages: int = 3
-    consumer_registers: int = 216
-    loader_registers: int = 72
+    consumer_registers: int = 208
+    loader_registers: int = 88
     programs: int = 0
 
     def __post_init__(self) -> None:

@@ -129,15 +129,17 @@ def test_attention_over_pairs_of_lists(causal: bool, tmp_path: Path) -> None:
         {"P": 64, "SHARE": 2},
         {"P": 64, "SHARE": 2, "ROW_SCOPE": True},
         {"P": 64, "SHARE": 2, "ROW_SCOPE": True, "MAXIMA": True},
+        {"P": 32, "SHARE": 4, "WHOLE": False},
         {"P": 128, "SHARE": 1, "B": 128, "CAUSAL": False},
     ],
-    ids=["P32 R128", "P64 R64", "P64 R128", "row", "row maxima", "P128 B128"],
+    ids=["P32 R128", "P64 R64", "P64 R128", "row", "row maxima", "P32 R128 after a prefix", "P128 B128"],
 )
 def test_selection(given: dict[str, Any], tmp_path: Path) -> None:
     shape = launch.SelectShape()
     constants = {
         "D": 128, "B": 16, "N": launch.TILE, "STAGES": shape.stages, "ROW_SCOPE": False, "CAUSAL": True,
-        "MAXIMA": False, "CONSUMER_REGS": shape.consumer_registers, "LOADER_REGS": shape.loader_registers,
+        "MAXIMA": False, "WHOLE": True, "CONSUMER_REGS": shape.consumer_registers,
+        "LOADER_REGS": shape.loader_registers,
     } | given  # fmt: skip
     said, shown = build(select_kernel, constants, "bf16", tmp_path)
     assert "serialized" not in said

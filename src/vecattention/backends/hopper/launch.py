@@ -56,8 +56,8 @@ class SelectShape:
 
     span: int = 0
     stages: int = 4
-    consumer_registers: int = 208
-    loader_registers: int = 88
+    consumer_registers: int = 224
+    loader_registers: int = 56
 
     def __post_init__(self) -> None:
         _among("span", self.span, range(0, 2**24, TILE))
@@ -183,8 +183,9 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
             pooled, key, limits, words, tops, *_strides(key), heads, heads // key.shape[1], rows, k_len,
             k_len - q_len, width, blocks, row_tiles, segments, span, window, rule.scale,
             D=dim, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, N=TILE, STAGES=shape.stages,
-            ROW_SCOPE=row_scope, CAUSAL=rule.causal, MAXIMA=maxima, CONSUMER_REGS=shape.consumer_registers,
-            LOADER_REGS=shape.loader_registers, num_warps=4, maxnreg=REGISTERS,
+            ROW_SCOPE=row_scope, CAUSAL=rule.causal, MAXIMA=maxima, WHOLE=_whole(rule, k_len - q_len),
+            CONSUMER_REGS=shape.consumer_registers, LOADER_REGS=shape.loader_registers, num_warps=4,
+            maxnreg=REGISTERS,
         )  # fmt: skip
 
     with torch.cuda.device(query.device):
@@ -260,6 +261,16 @@ def balanced(seen: tuple[int, ...], heads: int, unit: int, processors: int) -> i
         return -(-programs // processors) * (span / TILE + START)
 
     return min(range(unit, max(unit, SPAN) + 1, unit), key=longest)
+
+
+def _whole(rule: spec.Rule, offset: int) -> bool:
+    """Whether the keys of any stretch of k_local_size, and of any word, are candidates of a row together or not at all.
+
+    So they are where rows see all keys, and where the pooled rows' own keys begin with stretches and blocks' own keys
+    with words, as in a prefill.
+    """
+    stretch = rule.k_local_size
+    return not rule.causal or (offset % 32 == 0 and offset % stretch == 0 and rule.q_pooling_size % stretch == 0)
 
 
 def _windows(rule: spec.Rule, k_len: int) -> tuple[int, int]:

@@ -41,12 +41,14 @@ def _copy(smem, base, row, stride, D: gl.constexpr):
 def _clear(words_base, first_block, blocks, width, first, end, ROWS: gl.constexpr):
     """Write words without a bit for the keys from ``first`` (a multiple of 32) up to ``end``."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    block = first_block + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    place = words_base + (block.to(gl.int64) * width)[:, None]
-    none = gl.zeros([ROWS, 32], gl.int32, layout)
-    for word in range(first // 32, (end + 31) // 32, 32):
-        at = word + gl.arange(0, 32, gl.SliceLayout(0, layout))
-        gl.store(place + at[None, :], none, mask=(block < blocks)[:, None] & (at * 32 < end)[None, :])
+    SOME: gl.constexpr = 16 if ROWS > 16 else ROWS  # so that their addresses fit into the registers
+    none = gl.zeros([SOME, 32], gl.int32, layout)
+    for part in range(ROWS // SOME):
+        block = first_block + part * SOME + gl.arange(0, SOME, gl.SliceLayout(1, layout))
+        place = words_base + (block.to(gl.int64) * width)[:, None]
+        for word in range(first // 32, (end + 31) // 32, 32):
+            at = word + gl.arange(0, 32, gl.SliceLayout(0, layout))
+            gl.store(place + at[None, :], none, mask=(block < blocks)[:, None] & (at * 32 < end)[None, :])
 
 
 @gluon.jit
@@ -177,10 +179,13 @@ def _below(n):
 
 
 @gluon.jit
-def _always(block, at, k_len, offset, P: gl.constexpr, SHARE: gl.constexpr, SINK: gl.constexpr):
+def _always(block, at, k_len, offset, P: gl.constexpr, SHARE: gl.constexpr, WHOLE: gl.constexpr, SINK: gl.constexpr):
     """Words ``at`` of the keys that blocks keep without a score: their own, and, with SINK, the first P."""
     start = (block * (SHARE * P) + offset)[:, None] - (at * 32)[None, :]
-    words = _below(start + SHARE * P) & ~_below(start)
+    if WHOLE:
+        words = gl.where((start <= 0) & (start > -(SHARE * P)), -1, 0)
+    else:
+        words = _below(start + SHARE * P) & ~_below(start)
     if SINK:
         words = words | _below(P - at * 32)[None, :]
     return words & _below(k_len - at * 32)[None, :]
@@ -197,10 +202,17 @@ def _start(pooled, k_smem, k_full, tile, more, N: gl.constexpr, STAGES: gl.const
 
 
 @gluon.jit
-def _cut(scores, top, fresh, B: gl.constexpr, N: gl.constexpr):
+def _holding(tops, first, row_start, k_len, P: gl.constexpr, B: gl.constexpr, N: gl.constexpr, SINK: gl.constexpr):
+    """bool [64, N // B]: stretches of B keys, each of candidates only or of none, that hold candidates (if causal)."""
+    at = first + B * gl.arange(0, N // B, gl.SliceLayout(0, tops.type.layout))
+    row_start = gl.convert_layout(row_start, gl.SliceLayout(1, tops.type.layout), assert_trivial=True)
+    return _candidates(row_start, at, k_len, P, True, SINK)
+
+
+@gluon.jit
+def _windows(tops, top, fresh, B: gl.constexpr, N: gl.constexpr):
     """(running maximum [64, N // B] of the windows, what it is after the tile [64]); ``fresh``: a window starts."""
     STEPS: gl.constexpr = 3 if N // B == 8 else (2 if N // B == 4 else (1 if N // B == 2 else 0))
-    tops = gl.max(gl.reshape(scores, (HALF, N // B, B)), 2)
     tops, carry = _running(tops, gl.where(fresh, float("-inf"), top), STEPS)
     return tops, gl.convert_layout(carry, top.type.layout)
 
@@ -209,34 +221,54 @@ def _cut(scores, top, fresh, B: gl.constexpr, N: gl.constexpr):
 def _step(scores, top, into, tile, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
           first_block, alpha, row_start, k_len, offset, window, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr,
           N: gl.constexpr, STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
-          EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+          WHOLE: gl.constexpr, EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate.
+
+    WHOLE: in stretches of B keys and in words, all are candidates of a row or none, but for keys past the last one.
+    Those are copies of it and change no maximum; so a tile's maxima and cut-offs are hidden instead of its scores.
 
     The keys of the tile before ``end``, where the rows' own keys end, are given back; a later one is waited for all the
     same, so that the product that nobody reads does not meet a copy, and given back as it goes by. ``into``: how many
     keys of its window lie before the tile.
     """
+    HIDE: gl.constexpr = EDGE and WHOLE and CAUSAL
     first = lo + tile * N
     ahead = _start(pooled, k_smem, k_full, tile + 1, first + N < hi, N, STAGES, ACC)
     # Nothing is waited for: that the scores go through it keeps the compiler from deciding them before the product.
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
-    if EDGE:
+    if EDGE and not WHOLE:
+        key = first + gl.arange(0, N, gl.SliceLayout(0, ACC))
         scores = gl.where(_candidates(row_start, key, k_len, P, CAUSAL, SINK), scores, float("-inf"))
+    if HIDE or not ROW_SCOPE:
+        scores = gl.reshape(scores, (HALF, N // B, B))
+        tops = gl.max(scores, 2)
+    if HIDE:
+        holding = _holding(tops, first, row_start, k_len, P, B, N, SINK)
+        tops = gl.where(holding, tops, float("-inf"))
     if MAXIMA:
-        top = gl.maximum(top, gl.max(scores, 1))
+        top = gl.maximum(top, gl.convert_layout(gl.max(tops if HIDE else scores, 1), top.type.layout))
     else:
         if ROW_SCOPE:
-            gap = _limit(top, alpha)[:, None] - scores
+            limit = _limit(top, alpha)
+            if HIDE:
+                limit = gl.convert_layout(limit, gl.SliceLayout(1, tops.type.layout))[:, None]
         else:
-            tops, top = _cut(scores, top, into == 0, B, N)
-            gap = _limit(tops, alpha)[:, :, None] - gl.reshape(scores, (HALF, N // B, B))
+            tops, top = _windows(tops, top, into == 0, B, N)
+            limit = _limit(tops, alpha)
+        if HIDE:
+            limit = gl.where(holding, limit, float("inf"))
+        if HIDE or not ROW_SCOPE:
+            gap = limit[:, :, None] - scores
             gap = gl.convert_layout(gl.reshape(gap, (HALF, N)), ACC, assert_trivial=True)
+        else:
+            gap = limit[:, None] - scores
         words = _words(gap, N, SHARE)
         block = first_block + gl.arange(0, HALF // SHARE, gl.SliceLayout(1, words.type.layout))
         at = first // 32 + gl.arange(0, N // 32, gl.SliceLayout(0, words.type.layout))
+        if EDGE and WHOLE:
+            words = words & _below(k_len - at * 32)[None, :]
         if EDGE and CAUSAL:
-            words = words | _always(block, at, k_len, offset, P, SHARE, SINK)
+            words = words | _always(block, at, k_len, offset, P, SHARE, WHOLE, SINK)
         place = words_base + ((block.to(gl.int64) * width)[:, None] + at[None, :])
         gl.store(place, words, mask=(block < blocks)[:, None] & (at < width)[None, :])
     # Waited for here, not in the next round: scores in flight must not be carried around a loop.
@@ -246,10 +278,11 @@ def _step(scores, top, into, tile, lo, hi, end, pooled, k_smem, k_full, k_empty,
 
 
 @gluon.jit
-def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row, segment,
-              segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, POOLED, ALPHA, WORDS, TOPS, bh, tile_row,
+              segment, segments, scale, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
               D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
-              STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr):  # fmt: skip
+              STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
+              WHOLE: gl.constexpr):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
@@ -259,6 +292,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, POOLED,
     pooled = q_smem.index(HALF_INDEX)
     _copy(pooled, POOLED + line * D, source, D, D)
     async_copy.commit_group()
+    alpha = gl.load(ALPHA + bh) / scale + TINY  # scores are without the scale
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
@@ -288,21 +322,21 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, k_full, k_empty, POOLED,
             scores, top, into = _step(
                 scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
-                MAXIMA, True, True, ACC)  # fmt: skip
+                MAXIMA, WHOLE, True, True, ACC)  # fmt: skip
         for t in range(sink, clear, 2):
             scores, top, into = _step(
                 scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
-                MAXIMA, False, False, ACC)  # fmt: skip
+                MAXIMA, WHOLE, False, False, ACC)  # fmt: skip
             scores, top, into = _step(
                 scores, top, into, t + 1, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
-                MAXIMA, False, False, ACC)  # fmt: skip
+                MAXIMA, WHOLE, False, False, ACC)  # fmt: skip
         for t in range(clear, tiles):
             scores, top, into = _step(
                 scores, top, into, t, lo, hi, end, pooled, k_smem, k_full, k_empty, words_base, width, blocks,
                 first_block, alpha, row_start, k_len, offset, window, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL,
-                MAXIMA, True, False, ACC)  # fmt: skip
+                MAXIMA, WHOLE, True, False, ACC)  # fmt: skip
     for t in range(tiles, all_tiles):
         mbarrier.wait(k_full.index(t % STAGES), t // STAGES & 1)
         barrier()  # so that no warp of the four is a whole round behind
@@ -316,7 +350,7 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
                   blocks, row_tiles, segments, span, window, scale,
                   D: gl.constexpr, P: gl.constexpr, SHARE: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
                   STAGES: gl.constexpr, ROW_SCOPE: gl.constexpr, CAUSAL: gl.constexpr, MAXIMA: gl.constexpr,
-                  CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
+                  WHOLE: gl.constexpr, CONSUMER_REGS: gl.constexpr, LOADER_REGS: gl.constexpr):  # fmt: skip
     """One segment of ``span`` keys for 128 pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
     grid (row_tiles * B * H, segments), the last segment first: neighbours read the same keys from L2, and in causal
@@ -338,16 +372,15 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=128)
             mbarrier.init(k_empty.index(i), count=2)
-        alpha = gl.load(ALPHA + bh) / scale + TINY  # scores are without the scale
         k_base = K + (bh // heads).to(gl.int64) * skb + (bh % heads // group).to(gl.int64) * skh
         gl.warp_specialize(
             [
-                (_consumer, (gl.constexpr(0), q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row,
-                             segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
-                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
-                (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, POOLED, WORDS, TOPS, bh, tile_row,
-                             segment, segments, alpha, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
-                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA)),
+                (_consumer, (gl.constexpr(0), q_smem, k_smem, k_full, k_empty, POOLED, ALPHA, WORDS, TOPS, bh, tile_row,
+                             segment, segments, scale, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, WHOLE)),
+                (_consumer, (gl.constexpr(1), q_smem, k_smem, k_full, k_empty, POOLED, ALPHA, WORDS, TOPS, bh, tile_row,
+                             segment, segments, scale, pooled_rows, k_len, offset, width, blocks, lo, hi, window,
+                             D, P, SHARE, B, N, STAGES, ROW_SCOPE, CAUSAL, MAXIMA, WHOLE)),
                 (_loader, (k_smem, k_full, k_empty, k_base, skn, WORDS, bh, tile_row, k_len, offset, width, blocks, lo,
                            hi, stop, D, P, SHARE, N, STAGES, CAUSAL and not MAXIMA)),
             ],

@@ -42,6 +42,7 @@ def works(args: argparse.Namespace) -> list[Work]:
 def title(work: Work) -> str:
     """What a record says it is of."""
     shown = f"R={work['block']}" + (f", P={work['pool']}" if "pool" in work else f", {work['lists']}")
+    shown += f", {work['scope']}" if work["scope"] != "window" else ""
     return f"{work['what']}, {shown}" + (f", {100 * work['density']:g} %" if "density" in work else "")
 
 

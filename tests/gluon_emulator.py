@@ -7,7 +7,8 @@ buffer was given back (its values are NaN by then), a product used before it was
 two roles or programs write (RuntimeError).
 
 What it does not imitate: layouts, registers, proxies and their fences, the order of memory between threads of one role,
-rounding in a product.
+rounding in a product; nor what a compiler makes of the source (Triton 3.6 drops `a = b` in a loop before which both
+named the same tensor).
 Programs run one after another, not side by side.
 """
 

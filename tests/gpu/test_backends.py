@@ -93,8 +93,9 @@ def test_sets_and_outputs(backend: str, rule: dict[str, Any], causal: bool) -> N
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_scores_that_are_no_numbers_are_never_kept(backend: str, causal: bool) -> None:
-    query, key, _ = tensors("prefix")
+@pytest.mark.parametrize("shape", ["prefix", "square"])
+def test_scores_that_are_no_numbers_are_never_kept(backend: str, shape: str, causal: bool) -> None:
+    query, key, _ = tensors(shape)
     key[0, 0, 70], key[0, 1, 200], query[0, 0, 40] = torch.nan, torch.inf, torch.nan  # an infinite key scores NaN
     if backend != "triton":  # whose means are two numbers, with which an infinite score cancels to NaN
         key[0, 0, 300, 5] = -torch.inf  # scores inf or -inf

@@ -130,9 +130,10 @@ def test_attention_over_pairs_of_lists(causal: bool, tmp_path: Path) -> None:
         {"P": 64, "SHARE": 2, "ROW_SCOPE": True},
         {"P": 64, "SHARE": 2, "ROW_SCOPE": True, "MAXIMA": True},
         {"P": 32, "SHARE": 4, "WHOLE": False},
+        {"P": 128, "SHARE": 1, "B": 128},
         {"P": 128, "SHARE": 1, "B": 128, "CAUSAL": False},
     ],
-    ids=["P32 R128", "P64 R64", "P64 R128", "row", "row maxima", "P32 R128 after a prefix", "P128 B128"],
+    ids=["P32 R128", "P64 R64", "P64 R128", "row", "row maxima", "P32 R128 prefix", "P128 B128", "P128 B128 full"],
 )
 def test_selection(given: dict[str, Any], tmp_path: Path) -> None:
     shape = launch.SelectShape()

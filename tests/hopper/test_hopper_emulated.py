@@ -264,8 +264,9 @@ def test_strides_of_any_kind() -> None:
 
 @pytest.mark.parametrize("scope", ["window", "row"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_scores_that_are_no_numbers_are_never_kept(scope: str, causal: bool) -> None:
-    query, key, _ = tensors(2, 1, 300, 557)
+@pytest.mark.parametrize("shape", ["prefix", "square"])
+def test_scores_that_are_no_numbers_are_never_kept(shape: str, scope: str, causal: bool) -> None:
+    query, key, _ = tensors(*SHAPES[shape])
     key[0, 0, 70], key[0, 0, 200], query[0, 0, 40] = torch.nan, torch.inf, torch.nan  # an infinite key scores NaN
     key[0, 0, 300, 5] = -torch.inf  # scores inf or -inf
     asked = rule_of(64, causal=causal, q_pooling_size=32, q_block_size=128, max_scope=scope)

@@ -264,13 +264,11 @@ def balanced(seen: tuple[int, ...], heads: int, unit: int, processors: int) -> i
 
 
 def _whole(rule: spec.Rule, offset: int) -> bool:
-    """Whether the keys of any stretch of k_local_size, and of any word, are candidates of a row together or not at all.
+    """Whether a stretch of k_local_size keys holds candidates of a row only or none, and a word a block's own or none.
 
-    So they are where rows see all keys, and where the pooled rows' own keys begin with stretches and blocks' own keys
-    with words, as in a prefill.
+    So it is where rows see all keys, and where pooled rows begin with a stretch, blocks with a word, as in a prefill.
     """
-    stretch = rule.k_local_size
-    return not rule.causal or (offset % 32 == 0 and offset % stretch == 0 and rule.q_pooling_size % stretch == 0)
+    return not rule.causal or (offset % 32 == 0 and offset % rule.k_local_size == 0)
 
 
 def _windows(rule: spec.Rule, k_len: int) -> tuple[int, int]:

@@ -115,7 +115,7 @@ def _limit(top, alpha):
     """A number just below ``top - alpha``, so that it less a kept score is negative, also one that meets the cut-off.
 
     Finite where the maximum is inf, -inf where there is no candidate. It less a score that is -inf or NaN is inf or
-    NaN, which has no sign here.
+    NaN, which has no sign here; nor has a hidden cut-off, inf, less any score.
     """
     cut = gl.minimum(top - alpha, LARGEST)
     return cut - gl.abs(cut) * ULP
@@ -224,8 +224,9 @@ def _step(scores, top, into, tile, lo, hi, end, pooled, k_smem, k_full, k_empty,
           WHOLE: gl.constexpr, EDGE: gl.constexpr, SINK: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Decide one tile while the scores of the next are on their way; EDGE: not every key of it is a candidate.
 
-    WHOLE: in stretches of B keys and in words, all are candidates of a row or none, but for keys past the last one.
-    Those are copies of it and change no maximum; so a tile's maxima and cut-offs are hidden instead of its scores.
+    WHOLE: the keys of a stretch of B are all candidates of a row or none, but for keys past the last one. Those are
+    copies of it and change no maximum that a key is compared with; so maxima and cut-offs are hidden instead of scores.
+    A word is all of a block's own keys, or none.
 
     The keys of the tile before ``end``, where the rows' own keys end, are given back; a later one is waited for all the
     same, so that the product that nobody reads does not meet a copy, and given back as it goes by. ``into``: how many

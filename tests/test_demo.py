@@ -261,14 +261,19 @@ def test_an_interrupt_ends_it_with_130_and_leaves_nothing(tmp_path: Path) -> Non
     scratch.mkdir()
     program = [sys.executable, "-m", "vecattention.cli", "demo", "--out", str(out)]
     running = subprocess.Popen(
-        program, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        program, env={**os.environ, "TMPDIR": str(scratch), "PYTHONFAULTHANDLER": "1"}, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     begun = time.monotonic()
     while not list(scratch.rglob("*.mp4")) and time.monotonic() - begun < 200:
         assert running.poll() is None, running.stderr and running.stderr.read()
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    told, errors = running.communicate(timeout=100)
+    try:
+        told, errors = running.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGABRT)  # upon which it says where its threads are
+        pytest.fail(f"100 s after the interrupt it still ran:\n{running.communicate()[1]}")
     assert running.returncode == 130
     assert errors.strip().splitlines()[-1] == "vecattention demo: interrupted" and "Traceback" not in errors
     assert not told and not out.exists() and not list(scratch.iterdir())

@@ -118,6 +118,15 @@ def test_what_the_readme_says_of_speed_is_in_the_records(capsys: pytest.CaptureF
     assert "| FlashAttention-4, dense | " + " | ".join(f"{ratio:.2f}" for ratio in wanted.values()) + " |" in readme
 
 
+def test_the_calls_for_the_sanitizer() -> None:
+    call = [sys.executable, str(RECORDS.parents[2] / "benchmarks" / "sanitize.py")]
+    said = subprocess.run([*call, "--device", "cpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 24 and all(line.endswith(": equal") for line in said)
+    if not torch.cuda.is_available():
+        refused = subprocess.run(call, capture_output=True, text=True)
+        assert refused.returncode == 2 and "--device is 'cuda', wanted a device that torch sees" in refused.stderr
+
+
 def test_source_trees_are_compared(tmp_path: Path) -> None:
     root, out = RECORDS.parents[2], tmp_path / "trees.jsonl"
     asked = [str(out), f"a={root / 'src'}", f"b={root / 'src'}", "--selections", "qwen2.5-vl-4k", "--device", "cpu"]

@@ -146,10 +146,11 @@ def alpha(value: Tensor, batch: int, heads: int, device: torch.device) -> Tensor
     Raises:
         ValueError: a value on the CPU that is NaN or outside (0, 1].
     """
-    wide = values(value)
     if value.device.type == "cpu" and value.ndim == 0:
-        return torch.full((1, 1), -math.log(float(wide)), dtype=torch.float32, device=device).expand(batch, heads)
-    return (-wide.log()).float().to(device, non_blocking=True).expand(batch, heads)
+        number = float(value)
+        _probability(number, "threshold")
+        return torch.full((batch, heads), -math.log(number), dtype=torch.float32, device=device)
+    return (-values(value).log()).float().to(device, non_blocking=True).expand(batch, heads)
 
 
 def values(value: Tensor, name: str = "threshold") -> Tensor:

@@ -398,9 +398,10 @@ def _memory(problem: Problem, chunk: dispatch.Chunk) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"{first} In vec_attention {said}") from error
 
 
-def _own_dtypes(query: Tensor) -> torch.autocast:
+def _own_dtypes(query: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off: a backend's float32 accumulation stays float32 in a model that runs under autocast."""
-    return torch.autocast(query.device.type, enabled=False)
+    kind = query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from tolerance import Exact  # noqa: E402
 from vecattention import bits, spec  # noqa: E402
 from vecattention.backends import reference  # noqa: E402
 from vecattention.backends.hopper import launch  # noqa: E402
+from vecattention.bench import report, timer, tune  # noqa: E402
+from vecattention.bench.cases import Case, Source  # noqa: E402
 from vecattention.ops import rule_of  # noqa: E402
 
 FOLDER = Path(launch.__file__).parent
@@ -187,6 +189,30 @@ def test_the_queue_and_the_ring_are_long_enough() -> None:
     most = max(stages for stages in range(2, 100) if _allowed(stages))
     assert launch.QUEUE > most, "the loader is at most as many items ahead as there are tiles in flight"
     assert launch.RING >= 32 * launch.WORDS + 3 * 128, "one decoding, and the tiles that it runs ahead of"
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_what_bench_tune_tries_is_right_and_is_seen_to_be(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = 0
+
+    def compare(*given: object, **more: object) -> tuple[timer.Timing, float]:
+        nonlocal timed
+        timed += 1
+        return timer.Timing(1, 1, 1, 1), 1
+
+    monkeypatch.setattr(tune, "compare", compare)
+    source = Source(Case("small", 2, 1, 400, 900, causal, 64), "cpu", torch.bfloat16)
+    for kernel in tune.kernels("hopper", causal, 64):
+        fields = {"stages": 2} if kernel.selects else {"step": 64, "stages": 2}
+        assert "failed" not in tune.trial(source, kernel, fields), kernel.name
+    assert timed == 3
+
+    def other_keys(*given: Any) -> Tensor:
+        return select(*given) ^ 1
+
+    select = launch.select
+    monkeypatch.setattr(launch, "select", other_keys)
+    assert tune.trial(source, kernel, {})["failed"] == report.WRONG
 
 
 def _allowed(stages: int) -> bool:

@@ -277,9 +277,15 @@ def _select(source: Source, kernel: Kernel, fields: dict[str, int]) -> tuple[boo
         return words
 
     found = call()
-    law = reference.select(query[:, :1], key[:, :1], alpha[:, :1], rule)
+    law = reference.select(_rounded_means(query[:, :1], rule.q_pooling_size), key[:, :1], alpha[:, :1], rule)
     differ = int(bits.popcount(found[:, :1] ^ law).sum())  # keys whose score meets the cut-off within rounding
     return differ <= 2e-5 * int(bits.popcount(law).sum()) + 1 and torch.equal(found, call()), call
+
+
+def _rounded_means(query: Tensor, pool: int) -> Tensor:
+    """The queries, each replaced by its block's mean as Hopper's selection rounds it: to their dtype."""
+    means = reference.pooled_queries(query, pool).to(query.dtype)
+    return means.repeat_interleave(pool, dim=2)[:, :, : query.shape[2]]
 
 
 def _launch(backend: str) -> Any:

@@ -8,8 +8,8 @@
 Each fetched row of K and V serves 128 query rows, which is what keeps the tensor cores, not the L2 cache, the limit.
 Lists of 64 rows go in pairs (PAIR): the keys of both are fetched, and each consumer hides what only the other lists.
 The loader runs ahead by STAGES tiles, also into the next block of queries, so that neither decoding nor the first
-loads are waited for. It also draws the work items from a counter, since lists differ in length, the longest list of
-those that share keys first; which program takes an item changes no result.
+loads are waited for. It also draws the work items but the first from a counter, since lists differ in length, the
+longest list of those that share keys first; which program takes an item changes no result.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ def _loader(k_smem, v_smem, members, queue, k_full, k_empty, v_full, v_empty, qu
     stage, phase = 0, 1
     v_stage, v_phase = 0, 1
     item = gl.load(COUNTS + items + 1 + gl.program_id(0))
+    # Though consumers do not wait for the first: without this the assembler gives the copies half as many registers.
     order = _queue(queue, queued, 0, item, QUEUE)
     while item < items:
         drawn = gl.atomic_add(COUNTS + items, 1, sem="relaxed") + gl.num_programs(0)
@@ -369,7 +370,7 @@ def _consumer(HALF_INDEX: gl.constexpr, q_smem, k_smem, v_smem, members, queue, 
     query = q_smem.index(HALF_INDEX)
     none = gl.zeros([HALF, N], gl.float32, S_ACC)
     last, last_phase = 0, 0
-    item, order = _queued(queue, queued, 0, QUEUE)
+    item, order = gl.load(COUNTS + items + 1 + gl.program_id(0)), 1
     _fetch(query, Q, item, items, blocks, heads, sqb, sqh, sqn, q_len, HALF_INDEX, D, R)
     count, limit = _limits(item, WORDS, COUNTS, blocks, heads, lists, width, q_len, k_len, HALF_INDEX, R, CAUSAL, PAIR,
                            ROWS)  # fmt: skip

@@ -102,7 +102,8 @@ def pool_kernel(Q, POOLED, sqb, sqh, sqn, heads, q_len, pooled_rows, D: tl.const
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     row, dims = g * P + tl.arange(0, P), tl.arange(0, D)
     place = Q + b * sqb + h * sqh + row.to(tl.int64)[:, None] * sqn + dims[None, :]
-    query = tl.load(place, mask=row[:, None] < q_len, other=0.0)
+    # Read once: what is kept of it in L2 would push out the keys, which the selection reads next, again and again.
+    query = tl.load(place, mask=row[:, None] < q_len, other=0.0, eviction_policy="evict_first")
     mean = tl.sum(query.to(tl.float32), 0) / tl.minimum(P, q_len - g * P)
     tl.store(POOLED + (bh.to(tl.int64) * pooled_rows + g) * D + dims, mean.to(POOLED.dtype.element_ty))
 
@@ -169,8 +170,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
         span = max(1, shape.span // unit) * unit
     else:
         ends = [(tile + 1) * BLOCK * pool + k_len - q_len if rule.causal else k_len for tile in range(row_tiles)]
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        span = balanced(tuple(min(end, k_len) for end in ends), batch * heads, unit, processors)
+        span = balanced(tuple(min(end, k_len) for end in ends), batch * heads, unit, _multiprocessors(query.device))
     span = min(span, -(-k_len // TILE) * TILE)
     segments = -(-k_len // span)
     pooled = query.new_empty(batch * heads, rows, dim)
@@ -212,7 +212,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
     group = heads // key.shape[1]
-    programs = min(items, shape.programs or torch.cuda.get_device_properties(query.device).multi_processor_count)
+    programs = min(items, shape.programs or _multiprocessors(query.device))
     # Of each item how many keys it has; how many items are drawn; the order in which they are.
     counts = torch.empty(2 * items + 1, dtype=torch.int32, device=query.device)
     rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
@@ -277,13 +277,19 @@ def _windows(rule: spec.Rule, k_len: int) -> tuple[int, int]:
     return window, TILE if rule.max_scope == "row" else window
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and row; 0 where there is only one, so that they divide by whatever the copies want."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    (batch, heads, rows, _), (b, h, n, _) = x.shape, x.stride()
+    return (b if batch > 1 else 0, h if heads > 1 else 0, n if rows > 1 else 0)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """The tensor itself where 16-byte copies and 32-bit row offsets can read it, as they can the usual layouts."""
-    fits = (x.shape[2] - 1) * x.stride(2) + x.shape[3] < 2**31
-    whole = x.stride(3) == 1 and all(s % 16 == 0 for s in _strides(x)) and x.data_ptr() % 16 == 0
-    return x if fits and whole else x.contiguous()
+    (_, _, rows, dim), (_, _, row, one), (b, h, n) = x.shape, x.stride(), _strides(x)
+    whole = one == 1 and not (b % 16 or h % 16 or n % 16 or x.data_ptr() % 16)
+    return x if whole and (rows - 1) * row + dim < 2**31 else x.contiguous()

@@ -86,13 +86,18 @@ def test_narrow_calls_pay_from_more_keys_on() -> None:
 
 
 def test_apply_leaves_narrow_models_dense_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an H200: 28 heads of 128 gain from 8,192 keys on, causal, 40 not causal; fewer and smaller ones from more."""
+    """28 heads of 128 gain from 16,384 keys on, causal, 40 not causal from 8,192; fewer and smaller ones from more.
+
+    On an H200; the default are lists of 64 rows causal, of 128 not.
+    """
     gpu(monkeypatch, "NVIDIA H200")
     where = torch.device("cuda")
-    for heads, dim, causal, full in ((28, 128, 8192, 9792), (40, 128, 8192, 8192), (4, 64, 30652, 36636)):
+    for heads, dim, causal, full in ((28, 128, 16384, 9792), (40, 128, 16384, 8192), (4, 64, 61304, 36636)):
         text = settings_of(layers=1, heads=heads, device=where, head_dim=dim)
         video = dit_settings_of(layers=1, heads=heads, device=where, head_dim=dim)
         assert (text.min_length, video.base.min_length) == (causal, full)
+        wide = settings_of(layers=1, heads=heads, device=where, head_dim=dim, q_block_size=128)
+        assert wide.min_length == causal // 2, "lists of 128 rows"
     assert settings_of(layers=1, heads=4, device=where, head_dim=64, min_length=500).min_length == 500
 
 

@@ -3,9 +3,11 @@
     python benchmarks/sanitize.py                                    (once, so that Triton has compiled everything)
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+    compute-sanitizer --tool synccheck python benchmarks/sanitize.py
 
 Exits with 1 where two equal calls differ. ``--device cpu`` tries the script where there is no GPU. ``--control`` calls
-instead a small kernel of three roles, in which no order is left open: what is reported of it is the tool's own.
+instead a small kernel of three roles that has no race, and exits with 1 where its result is wrong: what is reported of
+it is the tool's own.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def call(query: Tensor, key: Tensor, value: Tensor, rule: dict[str, Any]) -> tup
 
 
 def control(kind: str) -> int:
-    """Three roles, each of which writes 128 numbers; the exit code. What they do before says ``kind``: see CONTROLS."""
+    """Three roles, each of which writes 128 numbers; the exit code. ``kind`` says what else they do: see CONTROLS."""
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -90,12 +92,16 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument(
-        "--control", choices=CONTROLS, help="three roles: " + "; ".join(map(": ".join, CONTROLS.items()))
+        "--control",
+        choices=CONTROLS,
+        help="call instead three roles: " + "; or ".join(f"{what} ({kind})" for kind, what in CONTROLS.items()),
     )
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device is 'cuda', wanted a device that torch sees; ask for --device cpu to try the script")
+    if args.control and device.type != "cuda":
+        parser.error("--control is a kernel for a GPU, --device is 'cpu'; leave --device out")
     if args.control:
         return control(args.control)
     generator = torch.Generator(device).manual_seed(0)

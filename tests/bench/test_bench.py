@@ -125,6 +125,8 @@ def test_the_calls_for_the_sanitizer() -> None:
     if not torch.cuda.is_available():
         refused = subprocess.run(call, capture_output=True, text=True)
         assert refused.returncode == 2 and "--device is 'cuda', wanted a device that torch sees" in refused.stderr
+    refused = subprocess.run([*call, "--control", "alone", "--device", "cpu"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--control is a kernel for a GPU, --device is 'cpu'" in refused.stderr
 
 
 def test_source_trees_are_compared(tmp_path: Path) -> None:

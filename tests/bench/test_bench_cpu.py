@@ -164,6 +164,8 @@ def test_crossovers_are_read_off_the_records() -> None:
     assert tune.crossovers(missed) == expected[1:], "a call that missed its density tells nothing"
     held_up = [*rows(4096, 4.0, d10=3.0, d50=3.0), *rows(8192, 8.0, d10=9.0, d50=7.0)]
     assert [c.k_len for c in tune.crossovers(held_up)] == [4096, 4096], "what is fast denser is fast"
+    held_up = [r | {"density": 0.3} if (r.get("asked"), r["case"]) == (0.1, "causal-4096") else r for r in held_up]
+    assert [c.k_len for c in tune.crossovers(held_up)] == [8192, 4096], "of lengths that were measured"
 
 
 def test_crossover_steps_run(tmp_path: Path) -> None:

@@ -221,8 +221,8 @@ BLOCKS = (64, 128)
 def crossovers(records: Sequence[Record]) -> tuple[Crossover, ...]:
     """For each kind of call and density the least length from which on every measured call was no slower than dense.
 
-    No slower: within 2 percent, or a denser call is. Calls that missed their density, because nothing sparser was to be
-    had, tell nothing. The last record of a call counts.
+    No slower: within 2 percent, or a denser call of that length is. Calls that missed their density, because nothing
+    sparser was to be had, tell nothing. The last record of a call counts.
     """
     mine = [r for r in records if r.get("key", {}).get("use") == "crossover" and "failed" not in r]
     dense: dict[str, float] = {}
@@ -239,7 +239,7 @@ def crossovers(records: Sequence[Record]) -> tuple[Crossover, ...]:
     for (causal, block, density), by_length in calls.items():  # a host that is the limit is not always as fast
         for other in calls:
             if other[:2] == (causal, block) and other[2] > density:
-                by_length.update((length, True) for length, fast in calls[other].items() if fast)
+                by_length.update((n, True) for n, fast in calls[other].items() if fast and n in by_length)
     found = []
     for (causal, block, density), by_length in sorted(calls.items(), key=lambda entry: (not entry[0][0], entry[0][1:])):
         wins = list(itertools.takewhile(lambda entry: entry[1], sorted(by_length.items(), reverse=True)))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vecattention import bits, profile, spec
+from vecattention import bits, machine, profile, spec
 from vecattention.backends.hopper.attend import attend_kernel
 from vecattention.backends.hopper.select import select_kernel
 
@@ -170,7 +170,9 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
         span = max(1, shape.span // unit) * unit
     else:
         ends = [(tile + 1) * BLOCK * pool + k_len - q_len if rule.causal else k_len for tile in range(row_tiles)]
-        span = balanced(tuple(min(end, k_len) for end in ends), batch * heads, unit, _multiprocessors(query.device))
+        span = balanced(
+            tuple(min(end, k_len) for end in ends), batch * heads, unit, machine.multiprocessors(query.device)
+        )
     span = min(span, -(-k_len // TILE) * TILE)
     segments = -(-k_len // span)
     pooled = query.new_empty(batch * heads, rows, dim)
@@ -212,7 +214,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
     blocks = -(-lists // 2) if pair else lists
     items = batch * heads * blocks
     group = heads // key.shape[1]
-    programs = min(items, shape.programs or _multiprocessors(query.device))
+    programs = min(items, shape.programs or machine.multiprocessors(query.device))
     # Of each item how many keys it has; how many items are drawn; the order in which they are.
     counts = torch.empty(2 * items + 1, dtype=torch.int32, device=query.device)
     rings = torch.empty(programs * RING, dtype=torch.int32, device=query.device)
@@ -275,11 +277,6 @@ def _windows(rule: spec.Rule, k_len: int) -> tuple[int, int]:
     """(keys per window, keys of which a program owns a multiple): whole windows and whole tiles."""
     window = min(rule.k_local_size * rule.group_k_block, -(-k_len // TILE) * TILE)
     return window, TILE if rule.max_scope == "row" else window
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

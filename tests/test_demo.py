@@ -259,7 +259,11 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_an_interrupt_ends_it_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
-    program = [sys.executable, "-m", "vecattention.cli", "demo", "--out", str(out)]
+    # What a shell runs in the background ignores interrupts, and so does all that it starts, these tests among it.
+    heed = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from vecattention import cli; "
+    )
+    program = [sys.executable, "-c", f"{heed}sys.exit(cli.main(sys.argv[1:]))", "demo", "--out", str(out)]
     running = subprocess.Popen(
         program, env={**os.environ, "TMPDIR": str(scratch), "PYTHONFAULTHANDLER": "1"}, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,

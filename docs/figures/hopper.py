@@ -37,9 +37,7 @@ def box(
     )
 
 
-def arrow(
-    axes: Drawn, start: tuple[float, float], end: tuple[float, float], text: str = "", below: float = 0.0
-) -> None:
+def arrow(axes: Drawn, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
     """An arrow with a text at its middle."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1})
     x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2

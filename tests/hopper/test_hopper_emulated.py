@@ -426,6 +426,7 @@ ATTEND_MUTANTS: dict[str, tuple[str, ...]] = {
         "words = _member_words(members, 2 * stage + HALF_INDEX,",
         "words = _member_words(members, 2 * stage + 1 - HALF_INDEX,",
     ),
+    "the first item comes twice": ("gl.program_id(0)), 1\n    _fetch(", "gl.program_id(0)), 0\n    _fetch("),
     "queries of the item before": ("    _fetch(query, Q, following, items,", "    _fetch(query, Q, item, items,"),
 }  # fmt: skip
 

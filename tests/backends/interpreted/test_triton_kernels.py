@@ -209,6 +209,37 @@ def _run(problem: Problem, **changed: Any) -> tuple[torch.Tensor, ...]:
     return out, lse, va.select(problem.query, problem.key, **problem.arguments, backend="triton").words
 
 
+class Grids:
+    """A kernel that keeps the grids it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.grids = kernel, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@either
+def test_launches_are_bounded_and_their_grids_have_one_axis(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other axes of a grid end at 65,535 programs; and each program of the attention has a ring of its own."""
+    from vecattention.backends.triton import launch
+
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(2, 4, 200, 32, generator=generator)
+    key, value = (torch.randn(2, 2, 230, 32, generator=generator) for _ in range(2))
+    arguments: dict[str, Any] = {"threshold": 0.3, "causal": causal, "return_lse": True, "backend": "triton"}
+    wanted = va.vec_attention(query, key, value, **arguments)
+    kernels = {name: Grids(getattr(launch, name)) for name in ("pool_kernel", "select_kernel", "attend_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(launch, name, kernel)
+    monkeypatch.setattr(launch, "RINGS", 7 * 4 * 4096)
+    found = va.vec_attention(query, key, value, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert kernels["attend_kernel"].grids == [(7,)] * 4 + [(4,)], "4 blocks of 8 heads"
+    assert all(len(grid) == 1 for kernel in kernels.values() for grid in kernel.grids)
+
+
 @pytest.mark.parametrize(("batch", "heads", "q_len", "pool"), [(2, 3, 100, 32), (1, 2, 64, 64), (1, 1, 129, 16)])
 def test_what_hopper_pools_is_the_rounded_mean(batch: int, heads: int, q_len: int, pool: int) -> None:
     from vecattention.backends import reference

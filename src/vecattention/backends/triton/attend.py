@@ -57,18 +57,21 @@ def _own_span(acc, top, total, query, scale, words, k_base, v_base, k_stride, v_
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["done"])
 def attend_kernel(Q, K, V, WORDS, RINGS, OUT, LSE,
                   sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, slb, slh,
-                  heads, group, q_len, k_len, width, blocks, scale,
+                  heads, group, q_len, k_len, width, blocks, done, scale,
                   D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   SEGMENT: tl.constexpr, RING: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """out[b, h, rows of block g], lse = softmax attention over the kept keys; grid (blocks, H, B), last block first."""
-    g = blocks - 1 - tl.program_id(0)
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    line = (b * heads + h) * blocks + g
-    words, ring = WORDS + line * width, RINGS + line * RING
+    """out[b, h, rows of block g], lse = softmax attention over the kept keys; a program each, of a head the last first.
+
+    The grid is that of the B * H * blocks items from the ``done``-th on; each program has a ring of its own.
+    """
+    item = tl.program_id(0) + done
+    g, bh = blocks - 1 - item % blocks, (item // blocks).to(tl.int64)
+    h, b = bh % heads, bh // heads
+    words, ring = WORDS + (bh * blocks + g) * width, RINGS + tl.program_id(0).to(tl.int64) * RING
     rows, dims = g * R + tl.arange(0, BM), tl.arange(0, BLOCK_D)
     row_limit = tl.minimum(q_len, g * R + R)
     query = load_rows(Q + b * sqb + h * sqh, rows, dims, sqn, row_limit, D, BLOCK_D)

@@ -13,6 +13,8 @@ from vecattention import bits, profile, spec
 from vecattention.backends.triton.attend import attend_kernel
 from vecattention.backends.triton.select import pool_kernel, select_kernel
 
+RINGS = 32 * 2**20  # bytes of the rings of a launch of the attention, at most: each of its programs has one
+
 
 @dataclass(frozen=True)
 class SelectShape:
@@ -25,7 +27,7 @@ class SelectShape:
     stages: int = 3
 
     def __post_init__(self) -> None:
-        _powers(self, {"rows": 16, "step": 16, "segment": 64, "warps": 1})
+        _powers(self, {"rows": (16, 256), "step": (16, 256), "segment": (64, 2**16), "warps": (1, 16)})
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,20 @@ class AttendShape:
     stages: int = 3
 
     def __post_init__(self) -> None:
-        _powers(self, {"step": 16, "words": 1, "warps": 1})
+        _powers(self, {"step": (16, 256), "words": (1, 256), "warps": (1, 16)})
 
 
-def _powers(shape: SelectShape | AttendShape, least: dict[str, int]) -> None:
-    for name, low in least.items():
+def _powers(shape: SelectShape | AttendShape, limits: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError where a field is no power of 2 within its limits, or the stages are none.
+
+    What shared memory a shape takes is Triton's to decide: it refuses to launch one for which there is too little.
+    """
+    for name, (low, high) in limits.items():
         value = getattr(shape, name)
-        if value < low or value & (value - 1):
-            raise ValueError(f"{name} is {value}, wanted a power of 2, at least {low}; correct the launch shape")
-    if not (shape.warps <= 16 and 1 <= shape.stages <= 8):
-        raise ValueError(
-            f"warps and stages are {shape.warps} and {shape.stages}, wanted at most 16 and 1 to 8; correct the shape"
-        )
+        if not low <= value <= high or value & (value - 1):
+            raise ValueError(f"{name} is {value}, wanted a power of 2 from {low} to {high}; correct the launch shape")
+    if not 1 <= shape.stages <= 8:
+        raise ValueError(f"stages is {shape.stages}, wanted 1 to 8; correct the launch shape")
 
 
 def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectShape:
@@ -86,7 +90,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     row_tiles = -(-rows // shape.rows)
 
     def run(maxima: bool, carry: bool, tops: Tensor) -> None:
-        select_kernel[(row_tiles * plan.segments, batch * heads)](
+        select_kernel[(row_tiles * plan.segments * batch * heads,)](
             pooled, key, limits, words, tops, *key.stride()[:3], heads, heads // key.shape[1], rows, k_len,
             k_len - q_len, width, blocks, row_tiles, plan.segments, plan.per_unit, plan.unit, plan.group,
             D=dim, BLOCK_D=block_d, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, T=shape.rows,
@@ -95,7 +99,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
         )  # fmt: skip
 
     with _device(query):
-        pool_kernel[(rows, batch * heads)](
+        pool_kernel[(rows * batch * heads,)](
             query, pooled, *query.stride()[:3], heads, q_len, rows, rule.scale, D=dim, BLOCK_D=block_d, P=pool
         )
         if plan.carry:
@@ -117,16 +121,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
         default = attend_shape(selection.block, dim, query.dtype)
         shape = profile.of(query.device).shape(f"triton.{attend_kind(selection.block, dim, query.dtype)}", default)
     ring = triton.next_power_of_2(shape.words * bits.WORD + shape.step)
-    rings = torch.empty((batch, heads, selection.blocks, ring), dtype=torch.int32, device=query.device)
+    items = batch * heads * selection.blocks
+    programs = min(items, max(1, RINGS // (4 * ring)))
+    rings = torch.empty((programs, ring), dtype=torch.int32, device=query.device)
     with _device(query):
-        attend_kernel[(selection.blocks, heads, batch)](
-            query, key, value, words, rings, out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            *out.stride()[:3], *lse.stride()[:2], heads, heads // key.shape[1], q_len, selection.k_len,
-            words.shape[3], selection.blocks, scale,
-            D=dim, BLOCK_D=triton.next_power_of_2(dim), R=selection.block, BM=max(16, selection.block), BN=shape.step,
-            SEGMENT=shape.words, RING=ring, CAUSAL=selection.causal, STAGES=shape.stages,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=shape.warps,
-        )  # fmt: skip
+        for done in range(0, items, programs):
+            attend_kernel[(min(programs, items - done),)](
+                query, key, value, words, rings, out, lse, *query.stride()[:3], *key.stride()[:3],
+                *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], heads, heads // key.shape[1], q_len,
+                selection.k_len, words.shape[3], selection.blocks, done, scale,
+                D=dim, BLOCK_D=triton.next_power_of_2(dim), R=selection.block, BM=max(16, selection.block),
+                BN=shape.step, SEGMENT=shape.words, RING=ring, CAUSAL=selection.causal, STAGES=shape.stages,
+                PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=shape.warps,
+            )  # fmt: skip
 
 
 def attend_kind(block: int, head_dim: int, dtype: torch.dtype) -> str:

@@ -16,8 +16,8 @@ from vecattention.backends.triton.tiles import load_rows, pack_words, running_cu
 @triton.jit
 def pool_kernel(Q, POOLED, sqb, sqh, sqn, heads, q_len, pooled_rows, scale,
                 D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """POOLED[b, h, g] = scale * mean of the real queries of block g, float32; grid (ceil(Sq / P), B * H)."""
-    g, bh = tl.program_id(0), tl.program_id(1)
+    """POOLED[b, h, g] = scale * mean of the real queries of block g, float32; grid (ceil(Sq / P) * B * H)."""
+    g, bh = tl.program_id(0) % pooled_rows, tl.program_id(0) // pooled_rows
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     rows = load_rows(Q + b * sqb + h * sqh, g * P + tl.arange(0, P), dims, sqn, q_len, D, BLOCK_D)
@@ -58,10 +58,10 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
                   MAXIMA: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One segment of keys for T pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
-    grid (row_tiles * segments, B * H), row tiles fastest, so that neighbours read the same keys from L2.
+    grid (row_tiles * segments * B * H), row tiles fastest, so that neighbours read the same keys from L2.
     """
-    tile, seg = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    bh = tl.program_id(1)
+    tile, seg = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles % segments
+    bh = tl.program_id(0) // row_tiles // segments
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     lo = seg // per_unit * unit + seg % per_unit * SEG
     hi = tl.minimum(tl.minimum(lo + SEG, (seg // per_unit + 1) * unit), k_len)

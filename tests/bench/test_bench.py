@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import vecattention
-from vecattention import cli, machine
+from vecattention import cli, machine, profile
 from vecattention.bench import figures, record, tune
 from vecattention.bench.cases import CASES, Case, Source, case_of, lists
 from vecattention.bench.exact import error_of
@@ -46,8 +46,27 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert done == ["a", "b", "a"]
 
 
+def test_records_of_other_versions_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, done = tmp_path / "r.jsonl", []  # type: tuple[Path, list[str]]
+    steps, here = [step("a", done)], machine.versions()
+    for name in ("torch", "triton", "vecattention", "numpy"):
+        monkeypatch.setattr(machine, "versions", lambda name=name: {**here, name: "0.0.1"})
+        assert record.remaining(path, steps) == ([] if name == "numpy" else steps), name
+        list(record.run(path, steps))
+        assert record.remaining(path, steps) == []
+        monkeypatch.setattr(machine, "versions", lambda: here)
+        list(record.run(path, steps))
+        assert record.remaining(path, steps) == [], "a run on the machine that it began on goes on"
+    assert len(done) == 4, "three other versions and these, whatever that of a package that decides nothing"
+    assert len(record.made_here(record.read(path))) == 1
+
+
 def test_a_damaged_record_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
+    for line in ("5", "[" * 100_000):
+        path.write_text('{"key": 1}\n' + line + '\n{"key": 2}\n')
+        with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON record .*; remove that line"):
+            record.read(path)
     path.write_text('{"key": 1}\nnonsense\n{"key": 2}\n{"key": 3}\n')
     with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON record"):
         record.read(path)
@@ -127,6 +146,23 @@ def test_the_calls_for_the_sanitizer() -> None:
         assert refused.returncode == 2 and "--device is 'cuda', wanted a device that torch sees" in refused.stderr
     refused = subprocess.run([*call, "--control", "alone", "--device", "cpu"], capture_output=True, text=True)
     assert refused.returncode == 2 and "--control is a kernel for a GPU, --device is 'cpu'" in refused.stderr
+
+
+def test_what_the_power_limit_costs_is_measured() -> None:
+    path = RECORDS.parents[2] / "benchmarks" / "power.py"
+    spec = importlib.util.spec_from_file_location("power", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for causal, density, block, of in ((True, 0.5, 64, "lists, R=64, random, 50 %"), (False, 1.0, 0, "dense, cuDNN")):
+        source = Source(Case("tiny", 4, 2, 256, 256, causal), "cpu", torch.float32)
+        found = module.measure(source, density, "random", block, 2, 1.0, 0.001)
+        ways = [f"{values}, {how}" for values in ("random", "zeros") for how in ("1 ms of rest", "no rest")]
+        assert [row["variant"] for row in found] == ways and {row["of"] for row in found} == {of}
+        assert all(0 < row["ms_min"] <= row["ms"] and row["rounds"] == 2 for row in found)
+    if not torch.cuda.is_available():
+        refused = subprocess.run([sys.executable, str(path), "none.jsonl"], capture_output=True, text=True)
+        assert refused.returncode == 2 and "torch sees no CUDA device" in refused.stderr
 
 
 def test_source_trees_are_compared(tmp_path: Path) -> None:
@@ -209,6 +245,17 @@ def test_no_candidate_is_the_default_itself() -> None:
         assert given in tune.TRITON_ATTEND and given not in kernel.candidates
 
 
+def test_triton_is_tuned_for_both_usual_head_dims() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    asked = tune.steps("triton", [Source(case_of(name)) for name in tune.CASES["triton"]])
+    timed = {(str(key["kernel"]), bool(key["fields"])) for key, _ in asked}
+    names = {f"triton.attend_r{rows}_d{head_dim}_half" for rows in (64, 128) for head_dim in (64, 128)}
+    assert timed == {(name, candidate) for name in names for candidate in (False, True)}
+    assert names <= profile.KERNELS
+    for name in tune.CASES["hopper"]:
+        assert {kernel.name for kernel in tune.kernels("hopper", case_of(name).causal)} <= profile.KERNELS
+
+
 def test_the_state_of_a_gpu_is_what_the_driver_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho '1605, 696.48, 700.00, 64, Active'\n")
@@ -220,3 +267,20 @@ def test_the_state_of_a_gpu_is_what_the_driver_tells(tmp_path: Path, monkeypatch
     assert machine.gpu_state() == {"sm_mhz": 1605.0, "power_limit_w": 700.0, "temperature_c": 64.0}
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert machine.gpu_state() is None
+
+
+def test_a_run_that_was_cut_off_within_a_line_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    steps = [({"at": i}, lambda i=i: {"found": i}) for i in range(3)]
+    list(record.run(path, steps[:2]))
+    whole = path.read_bytes()
+    for cut, left in ((whole[:-1], 2), (whole[:-9], 1), (whole + b'{"key": {"at": 2}, "fo', 2)):
+        path.write_bytes(cut)
+        assert len(record.remaining(path, steps)) == 3 - left
+        assert [row["found"] for row in record.run(path, steps)] == [0, 1, 2]
+        assert [row["found"] for row in record.read(path)] == [0, 1, 2] and path.read_bytes().endswith(b"\n")
+    for now, other in ((False, b"a note"), (True, b"a note"), (True, b"one\ntwo\nlast")):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="pass another file"):
+            list(record.run(path, steps, now=now))
+        assert path.read_bytes() == other

@@ -15,7 +15,7 @@ RUN = 16  # neighbouring keys that a bright stretch of a map is made of
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call: query heads, key heads, lengths, whether causal; head_dim 128, batch 1."""
+    """One attention call: query heads, key heads, lengths, whether causal, head_dim (128); batch 1."""
 
     name: str
     heads: int
@@ -39,6 +39,8 @@ CASES = {
         *(Case(f"square-{n}k", 8, 8, n * 1024, n * 1024, False) for n in (8, 32, 128)),
         Case("wan2.1-14b-720p", 40, 40, 75_600, 75_600, False),
         Case("hunyuanvideo-720p", 24, 24, 118_800, 119_056, False),
+        Case("internvl3-1b-32k", 14, 2, 32 * 1024, 32 * 1024, True, head_dim=64),
+        Case("cogvideox-5b-480p", 48, 48, 17_776, 17_776, False, head_dim=64),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from vecattention.atomic import replacing
 
 Record = dict[str, Any]
+NONE: Record = {"kernel": None, "ms": None}  # instead of a dense record
 MOST = 300  # percent of the dense time at which a bar is cut off
 INK, QUIET, COLOURS = "#1b1f24", "#8a94a0", ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
 
@@ -24,29 +26,38 @@ def best_dense(records: Sequence[Record]) -> dict[str, Record]:
 
 
 def speed_ups(records: Sequence[Record]) -> list[Record]:
-    """Whole calls beside the best dense kernel: case, rule, density, which, both times, the ratio, extra memory."""
+    """Whole calls beside the best dense kernel: case, rule, density, which, both times, the ratio, extra memory.
+
+    Here and below what a dense record is needed for is None where there is none of that case.
+    """
     dense = best_dense(records)
     return [
         {
             "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"], "density": r["density"],
-            "dense": dense[r["case"]]["kernel"], "dense_ms": dense[r["case"]]["ms"], "ms": r["ms"],
-            "ms_graph": r["ms_graph"], "ratio": dense[r["case"]]["ms"] / r["ms"], "extra_mib": r["extra_mib"],
+            "dense": dense.get(r["case"], NONE)["kernel"], "dense_ms": dense.get(r["case"], NONE)["ms"],
+            "ms": r["ms"], "ms_graph": r["ms_graph"], "ratio": _over(dense.get(r["case"], NONE)["ms"], r["ms"]),
+            "extra_mib": r["extra_mib"],
         }
         for r in records
-        if r.get("study") == "call" and r["case"] in dense and not _crosses(r)
+        if r.get("study") == "call" and not _crosses(r)
     ]  # fmt: skip
 
 
 def shares(records: Sequence[Record]) -> list[Record]:
-    """Selection, as a CUDA graph where it was one, beside the best dense kernel: its share of the dense time."""
+    """Selection, as a CUDA graph where it was one, beside the best dense kernel: percent of the dense time.
+
+    ``right``: whether it agreed with the reference and with itself; None: it was not compared.
+    """
     dense = best_dense(records)
     return [
         {
             "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"],
-            "ms": r.get("ms_graph", r["ms"]), "share": r.get("ms_graph", r["ms"]) / dense[r["case"]]["ms"],
+            "ms": r.get("ms_graph") or r["ms"],
+            "percent": _over(100 * (r.get("ms_graph") or r["ms"]), dense.get(r["case"], NONE)["ms"]),
+            "right": r["right"] and r.get("repeats_equal") is not False if "right" in r else None,
         }
         for r in records
-        if r.get("study") == "selection" and r["case"] in dense
+        if r.get("study") == "selection"
     ]  # fmt: skip
 
 
@@ -54,26 +65,33 @@ def lengths(records: Sequence[Record]) -> list[Record]:
     """Whole calls of growing length beside the best dense kernel: their ratios called one by one, and as a graph."""
     dense = best_dense(records)
     return [
-        {**r, "dense_ms": dense[r["case"]]["ms"], "ratio": dense[r["case"]]["ms"] / r["ms"],
-         "ratio_graph": dense[r["case"]]["ms"] / r["ms_graph"]}
-        for r in records
-        if _crosses(r) and r["case"] in dense
-    ]  # fmt: skip
+        {**r, "dense_ms": whole, "ratio": _over(whole, r["ms"]), "ratio_graph": _over(whole, r["ms_graph"])}
+        for r, whole in ((r, dense.get(r["case"], NONE)["ms"]) for r in records if _crosses(r))
+    ]
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """The picture of a record file, a panel for each kind of records in it."""
+    """The picture of a record file, a panel for each kind of records in it.
+
+    Raises:
+        ValueError: it holds none that are drawn.
+    """
+    panels = [(panel, rows) for panel, chosen in PANELS if (rows := chosen(records))]
+    if not panels:
+        raise ValueError(
+            f"picture is {path}, wanted records that are drawn (attention by auto, methods, calls with lists of 128 "
+            "rows or of growing length), there is none; leave the picture out"
+        )
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [panel for panel, wanted in PANELS if any(wanted(r) for r in records)]
-    columns = min(3, max(1, len(panels)))
-    tall = -(-len(panels) // columns) or 1
+    columns = min(3, len(panels))
+    tall = -(-len(panels) // columns)
     figure, axes = plt.subplots(tall, columns, figsize=(5 * columns, 4.6 * tall), layout="constrained", squeeze=False)
-    for panel, place in zip(panels, axes.flat, strict=False):
-        panel(place, records)
+    for (panel, rows), place in zip(panels, axes.flat, strict=False):
+        panel(place, rows)
     for place in list(axes.flat)[len(panels) :]:
         place.axis("off")
     figure.suptitle(title(records), color=INK, fontsize=11)
@@ -103,18 +121,21 @@ def methods(records: Sequence[Record]) -> list[Record]:
         {
             "case": r["case"], "method": r["method"], "recall": r["recall"], "density": r["density"],
             "select_ms": r["select_ms"], "attend_ms": r["attend_ms"], "ms": r["ms"],
-            "ratio": dense[r["case"]]["ms"] / r["ms"],
+            "dense_ms": dense.get(r["case"], NONE)["ms"], "ratio": _over(dense.get(r["case"], NONE)["ms"], r["ms"]),
         }
         for r in records
-        if r.get("study") == "method" and r["case"] in dense
+        if r.get("study") == "method"
     ]  # fmt: skip
 
 
-def _rates(axes: Any, records: Sequence[Record]) -> None:
+def _rated(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if r.get("study") == "attention" and r["backend"] == "auto"]
+
+
+def _rates(axes: Any, rows: Sequence[Record]) -> None:
     groups: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
-    for r in records:
-        if r.get("study") == "attention" and r["backend"] == "auto":
-            groups.setdefault((r["case"], r["block"], r["lists"]), []).append((100 * r["density"], r["tflops"]))
+    for r in rows:
+        groups.setdefault((r["case"], r["block"], r["lists"]), []).append((100 * r["density"], r["tflops"]))
     for i, ((case, block, kind), points) in enumerate(sorted(groups.items(), key=lambda g: (-g[0][1], g[0]))):
         xs, ys = zip(*sorted(points), strict=True)
         style = {"color": COLOURS[(i // 2) % 4], "ls": "-" if kind == "clustered" else "--", "marker": "o", "ms": 4}
@@ -128,50 +149,60 @@ def _rates(axes: Any, records: Sequence[Record]) -> None:
     _plain(axes)
 
 
-def _ratios(axes: Any, records: Sequence[Record]) -> None:
-    rows = [r for r in speed_ups(records) if r["block"] == 128 and r["scope"] == "window"]
+def _timed(records: Sequence[Record]) -> list[Record]:
+    rules = ((64, 128, "window"), (32, 128, "window"))
+    return [r for r in speed_ups(records) if (r["pool"], r["block"], r["scope"]) in rules]
+
+
+def _ratios(axes: Any, rows: Sequence[Record]) -> None:
+    """Times as fast as dense; milliseconds where a dense record is missing."""
+    shown = "ratio" if all(r["ratio"] for r in rows) else "ms"
     for i, case in enumerate(dict.fromkeys(r["case"] for r in rows)):
         for pool, marker in ((64, "o"), (32, "s")):
-            points = sorted((100 * r["density"], r["ratio"]) for r in rows if (r["case"], r["pool"]) == (case, pool))
+            points = sorted((100 * r["density"], r[shown]) for r in rows if (r["case"], r["pool"]) == (case, pool))
             if points:
                 xs, ys = zip(*points, strict=True)
                 axes.plot(xs, ys, color=COLOURS[i % 4], marker=marker, ls="-" if pool == 64 else ":", ms=5,
                           label=f"{case}, P={pool}")  # fmt: skip
-    axes.axhline(1, color=QUIET, lw=0.8)
-    axes.set(
-        title="whole call, selection included, over the best dense kernel", xlabel="density, %", ylabel="times faster"
-    )
+    axes.set(title="whole call, selection included", xlabel="density, %", ylabel="ms")
+    if shown == "ratio":
+        axes.axhline(1, color=QUIET, lw=0.8)
+        axes.set(title="whole call, selection included, over the best dense kernel", ylabel="times faster")
     axes.legend(fontsize=7, frameon=False)
     _plain(axes)
 
 
-def _stacks(axes: Any, records: Sequence[Record]) -> None:
-    dense = best_dense(records)
-    calls = [r for r in records if r.get("study") == "call" and not _crosses(r)]
-    calls = [r for r in calls if (r["pool"], r["block"]) == (64, 128) and r["case"] in dense]
-    calls = [r for r in calls if r["scope"] == "window"]
+def _parted(records: Sequence[Record]) -> list[Record]:
+    """Whole calls whose selection was timed, too: ``select_ms`` of it and ``attend_ms``, the rest."""
     chosen = {(s["case"], s["pool"], s["block"], s["scope"]): s["ms"] for s in shares(records)}
-    calls = [r for r in calls if (r["case"], r["pool"], r["block"], r["scope"]) in chosen]
-    for i, r in enumerate(calls):
-        whole = dense[r["case"]]["ms"]
-        select = chosen[r["case"], r["pool"], r["block"], r["scope"]]
-        axes.barh(i, 100 * select / whole, color=COLOURS[1], label="selection" if not i else None)
-        axes.barh(i, 100 * (r["ms"] - select) / whole, left=100 * select / whole, color=COLOURS[0],
-                  label="attention" if not i else None)  # fmt: skip
-    axes.set_yticks(range(len(calls)), [f"{r['case']}\n{100 * r['density']:.3g} %" for r in calls], fontsize=7)
-    axes.set(title="time of a call, P=64, R=128", xlabel="% of the best dense kernel")
+    calls = [r for r in _timed(records) if r["pool"] == 64]
+    times = [chosen.get((r["case"], r["pool"], r["block"], r["scope"])) for r in calls]
+    return [
+        {**r, "select_ms": select, "attend_ms": r["ms"] - select}
+        for r, select in zip(calls, times, strict=True) if select is not None
+    ]  # fmt: skip
+
+
+def _stacks(axes: Any, rows: Sequence[Record]) -> None:
+    _bars(axes, rows)
+    axes.set_yticks(range(len(rows)), [f"{r['case']}\n{100 * r['density']:.3g} %" for r in rows], fontsize=7)
+    axes.set(title="time of a call, P=64, R=128")
     axes.invert_yaxis()
     axes.legend(fontsize=8, frameon=False)
     _plain(axes)
 
 
-def _lengths(axes: Any, records: Sequence[Record]) -> None:
-    dense = best_dense(records)
+def _grown(records: Sequence[Record]) -> list[Record]:
+    return [r for r in lengths(records) if re.fullmatch(r"(causal|full)-\d+", r["case"])]
+
+
+def _lengths(axes: Any, rows: Sequence[Record]) -> None:
     for kind, style in (("causal", "-"), ("full", "--")):
-        lengths = sorted(int(c.split("-")[1]) for c in dense if c.startswith(f"{kind}-"))
-        axes.plot(lengths, [dense[f"{kind}-{n}"]["ms"] for n in lengths], color=INK, ls=style, marker=".",
-                  label=f"dense, {kind}")  # fmt: skip
-        mine = [r for r in records if _crosses(r) and r["case"].startswith(f"{kind}-")]
+        mine = [r for r in rows if r["case"].startswith(f"{kind}-")]
+        dense = sorted({(int(r["case"].split("-")[1]), r["dense_ms"]) for r in mine if r["dense_ms"]})
+        if dense:
+            xs, ys = zip(*dense, strict=True)
+            axes.plot(xs, ys, color=INK, ls=style, marker=".", label=f"dense, {kind}")
         mine = [r for r in mine if r["block"] == max(r["block"] for r in mine)]
         for i, density in enumerate(sorted({r["asked"] for r in mine})):
             points = sorted((int(r["case"].split("-")[1]), r["ms"]) for r in mine if r["asked"] == density)
@@ -183,24 +214,35 @@ def _lengths(axes: Any, records: Sequence[Record]) -> None:
     _plain(axes)
 
 
-def _methods(axes: Any, records: Sequence[Record]) -> None:
-    rows = methods(records)
-    dense = best_dense(records)
-    for i, r in enumerate(rows):
-        whole = dense[r["case"]]["ms"]
-        select, attend = (100 * r[name] / whole for name in ("select_ms", "attend_ms"))
-        axes.barh(i, select, color=COLOURS[1], label="selection" if not i else None)
-        axes.barh(i, attend, left=select, color=COLOURS[0], label="attention" if not i else None)
-        if select + attend > MOST:
-            axes.text(MOST, i, f"{select + attend:.0f} % ", ha="right", va="center", color="white", fontsize=7)
+def _methods(axes: Any, rows: Sequence[Record]) -> None:
+    percent = _bars(axes, rows)
+    for i, r in enumerate(rows if percent else ()):
+        if (share := 100 * (r["select_ms"] + r["attend_ms"]) / r["dense_ms"]) > MOST:
+            axes.text(MOST, i, f"{share:.0f} % ", ha="right", va="center", color="white", fontsize=7)
     said = [f"{r['method']}, {r['case']}\nrecall {r['recall']:.2f}, {100 * r['density']:.0f} %" for r in rows]
     axes.set_yticks(range(len(rows)), said, fontsize=7)
-    axes.axvline(100, color=QUIET, lw=0.8)
-    axes.set(title="methods at equal recall", xlabel="% of the best dense kernel")
-    axes.set_xlim(0, min(MOST, axes.get_xlim()[1]))
+    axes.set(title="methods at equal recall")
+    if percent:
+        axes.axvline(100, color=QUIET, lw=0.8)
+        axes.set_xlim(0, min(MOST, axes.get_xlim()[1]))
     axes.invert_yaxis()
     axes.legend(fontsize=8, frameon=False)
     _plain(axes)
+
+
+def _bars(axes: Any, rows: Sequence[Record]) -> bool:
+    """Selection and attention of each row; in percent of dense, or (False) in ms where a dense record is missing."""
+    percent = all(r["dense_ms"] for r in rows)
+    for i, r in enumerate(rows):
+        select, attend = (r[name] * (100 / r["dense_ms"] if percent else 1) for name in ("select_ms", "attend_ms"))
+        axes.barh(i, select, color=COLOURS[1], label="selection" if not i else None)
+        axes.barh(i, attend, left=select, color=COLOURS[0], label="attention" if not i else None)
+    axes.set_xlabel("% of the best dense kernel" if percent else "ms")
+    return percent
+
+
+def _over(ms: float | None, other: float | None) -> float | None:
+    return None if ms is None or other is None else ms / other
 
 
 def _crosses(record: Record) -> bool:
@@ -213,11 +255,8 @@ def _plain(axes: Any) -> None:
     axes.grid(alpha=0.25)
 
 
-PANELS: tuple[tuple[Callable[[Any, Sequence[Record]], None], Callable[[Record], bool]], ...] = (
-    (_rates, lambda r: r.get("study") == "attention"),
-    (_ratios, lambda r: r.get("study") == "call" and not _crosses(r)),
-    (_stacks, lambda r: r.get("study") == "call" and not _crosses(r)),
-    (_lengths, _crosses),
-    (_methods, lambda r: r.get("study") == "method"),
-)
-"""What is drawn, and the records that it is drawn of."""
+Rows = Callable[[Sequence[Record]], Sequence[Record]]
+PANELS: tuple[tuple[Callable[[Any, Sequence[Record]], None], Rows], ...] = (
+    (_rates, _rated), (_ratios, _timed), (_stacks, _parted), (_lengths, _grown), (_methods, methods),
+)  # fmt: skip
+"""What is drawn, and of which rows: where there are none, it is left out."""

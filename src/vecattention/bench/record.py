@@ -21,16 +21,21 @@ def read(path: Path) -> list[Record]:
     Raises:
         ValueError: a line in the middle that is no record.
     """
+    return list(numbered(path).values())
+
+
+def numbered(path: Path) -> dict[int, Record]:
+    """The same by their line's number, from 1 on."""
     if not path.is_file():
-        return []
-    found: list[Record] = []
+        return {}
+    found: dict[int, Record] = {}
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            found[number] = _record(line)
+        except (ValueError, RecursionError) as error:
             if number >= len(lines) - 1:
                 break
             raise ValueError(
@@ -39,27 +44,35 @@ def read(path: Path) -> list[Record]:
     return found
 
 
+def made_here(records: Iterable[Record]) -> list[Record]:
+    """Those that were made with this GPU and these versions of the library, torch and Triton."""
+    where = _where()
+    return [record for record in records if _alike(record, where)]
+
+
 def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record]:
     """Do the steps whose key no record of the file has, and append what they give; yields all records as they come.
 
+    A record of another GPU, or of another version of the library, torch or Triton, does not count as one.
     A step that fails leaves a record that says why, and is tried again the next time: too little memory, or a package
     of a peer that is not there, must not end a long run.
 
     Args:
         path: the file; made when it is not there.
         steps: (key, function) pairs; the key's entries are put into each record that the function gives. A key names
-            everything that decides the result; the GPU is compared as well.
+            everything that decides the result; the GPU and the versions are compared as well.
         now: measure again what is there already.
 
     Raises:
         RuntimeError: a CUDA error after which nothing can be measured in this process; nothing is recorded of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = [] if now else [record for record in read(path) if "failed" not in record]
-    where = _where()
+    where, held = _where(), read(path)
+    old = [] if now else [r for r in held if "failed" not in r and _alike(r, where)]
+    _end_line(path)
     with path.open("a", encoding="utf-8") as file:
         for key, step in steps:
-            done = [r for r in old if r.get("key") == key and (r.get("machine") or {}).get("gpu") == where["gpu"]]
+            done = [r for r in old if r.get("key") == key]
             if done:
                 yield from done
                 continue
@@ -74,12 +87,34 @@ def run(path: Path, steps: Iterable[Step], now: bool = False) -> Iterator[Record
                 yield full
 
 
+def _end_line(path: Path) -> None:
+    """End the last line of a file, or take it away where a run was cut off within it: records are appended.
+
+    Raises:
+        ValueError: it is no beginning of a record.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        held = file.read()
+        start = held.rfind(b"\n") + 1
+        if start == len(held):
+            return
+        if not held[start:].startswith(b"{"):
+            raise ValueError(
+                f"{path} ends in {held[start:][:40]!r}, wanted JSON records, one a line; pass another file"
+            )
+        try:
+            json.loads(held[start:])
+        except (ValueError, RecursionError):
+            file.truncate(start)
+        else:
+            file.write(b"\n")
+
+
 def remaining(path: Path, steps: Iterable[Step]) -> list[Step]:
     """The steps that `run` would do."""
-    gpu = _where()["gpu"]
-    done = [
-        r["key"] for r in read(path) if "failed" not in r and "key" in r and (r.get("machine") or {}).get("gpu") == gpu
-    ]
+    done = [r["key"] for r in made_here(read(path)) if "failed" not in r and "key" in r]
     return [step for step in steps if step[0] not in done]
 
 
@@ -104,6 +139,19 @@ def _safe(step: Callable[[], list[Record] | Record]) -> list[Record] | Record:
         return step()
     except Exception as error:  # compilers of kernels raise what they like
         return {"failed": why(error)}
+
+
+def _record(line: str) -> Record:
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, wanted an object")
+    return found
+
+
+def _alike(record: Record, where: dict[str, Any]) -> bool:
+    """Whether a record was made with this GPU and these versions."""
+    machine = record.get("machine") or {}
+    return all(machine.get(name) == where[name] for name in ("gpu", "versions"))
 
 
 def _as_list(given: list[Record] | Record) -> list[Record]:

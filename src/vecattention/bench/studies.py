@@ -12,11 +12,14 @@ import vecattention
 from vecattention import dispatch, ops
 from vecattention.bench import dense as dense_kernels
 from vecattention.bench.cases import Case, Source, lists
-from vecattention.bench.exact import error_of
+from vecattention.bench.exact import Agreement, agreement_of, error_of
 from vecattention.bench.timer import graphed, measure, peak_extra
-from vecattention.spec import Problem, Selection
+from vecattention.checks import THRESHOLD
+from vecattention.spec import Problem, Rule, Selection
 
 Record = dict[str, Any]
+COMPARED = 8
+"""Blocks at the start, in the middle and at the end of a head whose lists are compared with the reference's."""
 
 
 def dense(source: Source) -> list[Record]:
@@ -46,10 +49,11 @@ def attention(source: Source, density: float, kind: str, backend: str, block: in
 
     first = call()
     error = error_of(first, query, key, value, selection, case.causal)
+    equal = torch.equal(first, call())
     time = measure(call, device=source.device)
     return {
         "study": "attention", "case": case.name, "density": density, "lists": kind, "backend": backend, "block": block,
-        **error.record(), "repeats_equal": torch.equal(first, call()), **time.record(),
+        **error.record(), "repeats_equal": equal, **time.record(),
         "tflops": tflops(useful_flop(case, selection), time.median), "kept": float(selection.density().mean()),
     }  # fmt: skip
 
@@ -57,23 +61,47 @@ def attention(source: Source, density: float, kind: str, backend: str, block: in
 def selection(source: Source, pool: int, block: int, scope: str, backend: str) -> Record:
     """Time of the selection of a whole call, in the chunks in which the call would make it.
 
+    Before, lists of its first and its last chunk are compared with the reference's, and with those of a second run.
     Alone it can be held up by the host, as between kernels of attention it is not: a CUDA graph's time is there, too.
     """
     case, (query, key, _) = source.case, source.tensors()
     rule: dict[str, Any] = {"q_pooling_size": pool, "q_block_size": block, "max_scope": scope}
     problem, size = _chunk(query, key, case.causal, rule)
+    parts = list(dispatch.parts(problem, size))
+
+    def chosen(part: dispatch.Part) -> Tensor:
+        b, h, g, rows, keys = part
+        some, seen = query[b, h, rows], key[b, g, keys]
+        return vecattention.select(some, seen, causal=case.causal, backend=backend, threshold=THRESHOLD, **rule).words
 
     def call() -> None:
-        for b, h, g, rows, keys in dispatch.parts(problem, size):
-            vecattention.select(query[b, h, rows], key[b, g, keys], causal=case.causal, backend=backend, **rule)
+        for part in parts:
+            chosen(part)
 
+    rounded = (_explained(query, key, case.causal, rule) if backend == "auto" else backend) == "hopper"
+    agreement, equal = Agreement(0, 0), True
+    for part in (parts[0], *parts[1:][-1:]):
+        words = chosen(part)
+        agreement += _agreement(words, query, key, part, problem.rule, rounded)
+        equal = equal and torch.equal(words, chosen(part))
     time = measure(call, device=source.device)
     replayed = measure(graphed(call)) if source.device.startswith("cuda") else time
     return {
         "study": "selection", "case": case.name, "pool": pool, "block": block, "scope": scope, "backend": backend,
-        "chunk": size.rows, "chunk_heads": size.heads, **time.record(), "ms_graph": round(replayed.median, 4),
+        **agreement.record(), "repeats_equal": equal, "chunk": size.rows, "chunk_heads": size.heads, **time.record(),
+        "ms_graph": round(replayed.median, 4),
         "tflops": tflops(case.dense_flop / (2 * pool), replayed.median),
     }  # fmt: skip
+
+
+def _agreement(words: Tensor, query: Tensor, key: Tensor, part: dispatch.Part, rule: Rule,
+               rounded: bool) -> Agreement:  # fmt: skip
+    """How the words of a chunk agree with the reference: of its first and its last head, `COMPARED` blocks thrice."""
+    b, h, g, rows, keys = part
+    some = query[b, h, rows]
+    alpha = torch.full(some.shape[:2], -math.log(THRESHOLD), device=query.device)
+    heads = sorted({0, some.shape[1] - 1})
+    return agreement_of(words, some, key[b, g, keys], alpha, rule, rounded, heads, COMPARED)
 
 
 def whole(source: Source, density: float, pool: int, block: int, scope: str) -> Record:

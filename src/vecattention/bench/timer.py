@@ -43,8 +43,8 @@ def measure(call: Callable[[], object], budget_ms: float = 150.0, device: str = 
     group = _queued if device.startswith("cuda") else _clocked
     for _ in range(2):
         call()
-    once = group(call, 3)
-    each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
+    took = group(call, 3)
+    each = max(1, int(budget_ms / GROUPS / max(took, 1e-3)))
     times = sorted(group(call, each) for _ in range(GROUPS))
     return Timing(times[GROUPS // 2], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS)
 
@@ -59,8 +59,8 @@ def compare(call: Callable[[], object], other: Callable[[], object], budget_ms: 
     group = _queued if device.startswith("cuda") else _clocked
     for made in (call, other, call, other):
         made()
-    once = group(call, 3) + group(other, 3)
-    each = max(1, int(budget_ms / GROUPS / max(once, 1e-3)))
+    took = group(call, 3) + group(other, 3)
+    each = max(1, int(budget_ms / GROUPS / max(took, 1e-3)))
     pairs = []
     for turn in range(GROUPS):
         first = group(call, each) if turn % 2 else None
@@ -69,6 +69,11 @@ def compare(call: Callable[[], object], other: Callable[[], object], budget_ms: 
     times, ratios = sorted(a for a, _ in pairs), sorted(a / b for a, b in pairs)
     middle = GROUPS // 2
     return Timing(times[middle], times[GROUPS // 4], times[GROUPS - 1 - GROUPS // 4], each * GROUPS), ratios[middle]
+
+
+def once(call: Callable[[], object], device: str = "cuda") -> float:
+    """Milliseconds of one call, with what the host takes to launch it; nothing is warmed up."""
+    return (_queued if device.startswith("cuda") else _clocked)(call, 1)
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,19 @@ STUDIES = {
     "all": "all of these but layer",
     "tune": "launch shapes and crossovers of this GPU, written as a profile",
 }
+OPTIONS = {
+    "case": ("attention", "selection", "call", "dense", "breakdown", "all", "tune"),
+    "density": ("attention", "call", "layer", "all"),
+    "lists": ("attention", "all"),
+    "backend": ("attention", "selection", "layer", "all"),
+    "recall": ("breakdown", "layer", "all"),
+    "model": ("layer",), "tokens": ("layer",), "layers": ("layer",),
+    "profile": ("tune",), "processes": ("tune",),
+}  # fmt: skip
+"""The studies that heed an option; --device, --out and --again are for all."""
+
+RECALL, TOKENS = 0.9, 8192
+PROCESSES = max(1, min(8, (os.cpu_count() or 2) - 2))
 RULES = ((32, 128, "window"), (64, 128, "window"), (64, 64, "window"), (64, 128, "row"))
 
 
@@ -50,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lists", action="append", choices=("random", "clustered"), help="kind of ready lists (both)")
     parser.add_argument("--backend", action="append", help="of ready lists and selection, may be repeated (auto)")
-    parser.add_argument("--recall", type=float, default=0.9, help="of the methods in breakdown (%(default)s)")
+    parser.add_argument("--recall", type=float, help=f"of the methods in breakdown ({RECALL})")
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: in float32, for trying this out (%(default)s)"
     )
@@ -58,39 +72,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure again what the file already holds")
     layer = parser.add_argument_group("layer")
     layer.add_argument("--model", metavar="PATH", help="a Qwen2.5-VL checkpoint directory (the testbed's model)")
-    layer.add_argument("--tokens", type=int, default=8192, help="vision tokens of its film (%(default)s)")
+    layer.add_argument("--tokens", type=int, help=f"vision tokens of its film ({TOKENS})")
     layer.add_argument("--layers", type=int, nargs="+", help="(all)")
     tune = parser.add_argument_group("tune")
     tune.add_argument("--profile", type=Path, metavar="FILE", help="the profile to write (out/GPU.json)")
-    tune.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)),
-                      help="that compile beforehand (%(default)s)")  # fmt: skip
+    tune.add_argument("--processes", type=int, help=f"that compile beforehand ({PROCESSES})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each record, and say where they are; 1 when a result was wrong."""
+    _check(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "this machine has no GPU that torch sees, wanted one to time; benchmarks/cpu.py times the CPU, and "
             "--device cpu tries this command out"
         )
-    if not 0 < args.recall <= 1:
-        raise ValueError(f"--recall is {args.recall}, wanted a share of the softmax mass in (0, 1]; correct it")
     wrong = _tune(args) if args.study == "tune" else _measure(args, list(_steps(args)))
     sys.stdout.write(f"records in {args.out}\n")
     return 1 if wrong else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that the study does not heed, and shares that are none."""
+    for name, studies in OPTIONS.items():
+        if (given := getattr(args, name)) is not None and args.study not in studies:
+            shown = " ".join(map(str, given)) if isinstance(given, list) else given
+            raise ValueError(
+                f"--{name} is {shown}, wanted none for {args.study}, which does not heed it; leave it out, it is for "
+                f"{', '.join(studies)}"
+            )
+    if args.recall is not None and not 0 < args.recall <= 1:
+        raise ValueError(f"--recall is {args.recall}, wanted a share of the softmax mass in (0, 1]; correct it")
+    for density in args.density or []:
+        if not 0 < density <= 1:
+            raise ValueError(f"--density is {density}, wanted a share of all pairs in (0, 1]; correct it")
 
 
 def _measure(args: argparse.Namespace, steps: Sequence[Step]) -> int:
     """Number of results that are wrong or missing; peers may be missing."""
     from vecattention.bench import record, report
 
-    wrong = 0
+    wrong, measured, begun = 0, 0, time.monotonic()
+    asked = list(steps if args.again else record.remaining(args.out, steps))
     for number, step in enumerate(steps, 1):
-        for row in record.run(args.out, [step], args.again):
-            sys.stdout.write(f"[{number}/{len(steps)}] {report.line(row)}\n")
-            sys.stdout.flush()
+        rows = list(record.run(args.out, [step], args.again))
+        measured += step in asked
+        left = _left(begun, measured, len(asked))
+        for row in rows:
+            _say(f"[{number}/{len(steps)}{left}] {report.line(row)}")
             wrong += report.wrong(row)
     return wrong
+
+
+def _left(begun: float, done: int, of: int) -> str:
+    """In words, the time left if it goes on as fast as since ``begun``; empty before the first and after the last."""
+    if not 0 < done < of:
+        return ""
+    seconds = (time.monotonic() - begun) / done * (of - done)
+    return f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
 
 
 def _source(args: argparse.Namespace, name: str) -> Source:
@@ -121,7 +160,7 @@ def _of(study: str, source: Source, args: argparse.Namespace) -> Iterator[Step]:
     from vecattention import methods
     from vecattention.bench import peers, studies
 
-    densities, backends = args.density or [0.1, 0.5], args.backend or ["auto"]
+    densities, backends, recall = args.density or [0.1, 0.5], args.backend or ["auto"], args.recall or RECALL
     if study == "dense":
         yield {"study": "dense", **source.key}, functools.partial(studies.dense, source)
     if study == "attention":
@@ -143,18 +182,19 @@ def _of(study: str, source: Source, args: argparse.Namespace) -> Iterator[Step]:
     if study == "breakdown":
         for method in methods.names():
             if method != "full" and source.case.causal in methods.get(method).modes:
-                key = {"study": "method", **source.key, "method": method, "recall": args.recall}
-                yield key, functools.partial(peers.method, source, method, args.recall)
+                key = {"study": "method", **source.key, "method": method, "recall": recall}
+                yield key, functools.partial(peers.method, source, method, recall)
 
 
 def _layers(args: argparse.Namespace) -> Iterator[Source]:
     from vecattention.bench.cases import Source
     from vecattention.evals.fidelity.captured import capture_movies
 
-    found = capture_movies(args.model, args.tokens, (0,), args.layers, args.device)
+    tokens = TOKENS if args.tokens is None else args.tokens
+    found = capture_movies(args.model, tokens, (0,), args.layers, args.device)
     model = "testbed" if args.model is None else Path(args.model).name
     for one in found:
-        name = f"{model} {args.tokens} {one.name}"
+        name = f"{model} {tokens} {one.name}"
         yield Source.captured(name, one.query, one.key, one.value, one.causal, args.device, _dtype(args))
 
 
@@ -166,17 +206,21 @@ def _tune(args: argparse.Namespace) -> int:
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     backend = "hopper" if gpu and torch.cuda.get_device_capability() == (9, 0) else "triton"
     path = args.profile or args.out.parent / f"{profile.slug(gpu or 'cpu')}.json"
-    sources = [_source(args, name) for name in args.case or ["qwen2.5-vl-32k", "square-32k"]]
+    sources = [_source(args, name) for name in args.case or tune.CASES[backend]]
     steps = tune.steps(backend, sources)
-    ahead = [step for step in steps if args.again or record.remaining(args.out, [step])]
-    tune.compile_ahead(ahead, args.processes, lambda done: _say(f"compiled {done} of {len(ahead)}"))
+    asked = record.remaining(args.out, steps)
+    ahead = [step for step in steps if args.again or step in asked]
+    processes, begun = PROCESSES if args.processes is None else args.processes, time.monotonic()
+    tune.compile_ahead(
+        ahead, processes, lambda done: _say(f"compiled {done} of {len(ahead)}{_left(begun, done, len(ahead))}")
+    )
     wrong = _measure(args, steps)
     told = f"vecattention bench tune, {args.out.name}"
-    made = tune.profile_of(gpu, record.read(args.out), told)
+    made = tune.profile_of(gpu, record.made_here(record.read(args.out)), told)
     _write(path, made)
     with _using(path):
         wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args)), made.shapes))
-    made = tune.profile_of(gpu, record.read(args.out), told)
+    made = tune.profile_of(gpu, record.made_here(record.read(args.out)), told)
     _write(path, made)
     sys.stdout.write(f"profile in {path}; {profile.VARIABLE}={path} uses its launch shapes\n")
     for causal, block in itertools.product((True, False), tune.BLOCKS):

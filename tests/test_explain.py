@@ -147,3 +147,28 @@ def test_auto_prefers_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) 
     assert dispatch.choose("auto", Problem.of(QUERY, KEY, Rule())) is dispatch.load("cpu")
     monkeypatch.setattr(dispatch, "why_not", lambda name, problem: () if name == "reference" else ("no",))
     assert dispatch.choose("auto", Problem.of(QUERY, KEY, Rule())) is dispatch.load("reference")
+
+
+def test_a_gpu_without_a_kernel_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    problem = Problem(1, 2, 2, 64, 64, 64, torch.float16, torch.device("cuda", 3), Rule())
+    dispatch._warn_slow.cache_clear()
+    for _ in range(2):
+        assert dispatch.choose("auto", problem) is dispatch.load("reference")
+    (said,) = caplog.messages
+    assert "no kernel runs torch.float16 on cuda:3 (triton: it needs compute capability 8.0 or newer" in said
+    dispatch.choose("reference", problem)
+    assert len(caplog.messages) == 1
+
+
+def test_heads_that_32_bits_cannot_address_go_to_triton() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for rows, name in ((2**24 - 128, "hopper"), (2**24, "triton")):
+        problem = Problem(1, 1, 1, rows, rows, 128, torch.float16, torch.device("cuda"), Rule(q_block_size=128))
+        with mock.patch("torch.cuda.is_available", lambda: False):
+            told = dispatch.explain(problem, "auto", 0)
+        assert told.backend == name, told.reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -13,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-import vecattention
 from vecattention import dispatch, profile
 from vecattention.integrations.dit.settings import dit_settings_of
-from vecattention.integrations.settings import settings_of
+from vecattention.integrations.settings import _tell, settings_of
 from vecattention.ops import rule_of
 from vecattention.profile import Crossover, Profile, ProfileError
 from vecattention.spec import Problem
@@ -42,6 +42,10 @@ def with_crossover(**other: Any) -> str:
     return json.dumps({"schema": 1, "gpu": "g", "crossovers": [entry]})
 
 
+def with_kernel(name: str) -> str:
+    return json.dumps({"schema": 1, "gpu": "g", "shapes": {name: {"stages": 3}}})
+
+
 @pytest.fixture(autouse=True)
 def forgetful() -> None:
     profile.for_gpu.cache_clear()
@@ -49,13 +53,16 @@ def forgetful() -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     made = Profile(
-        "Some GPU", {"k.attend": {"step": 128}}, (Crossover(True, 64, 0.5, 4096), Crossover(False, 64, 0.1, None)), "me"
+        "Some GPU",
+        {"hopper.attend": {"step": 128}},
+        (Crossover(True, 64, 0.5, 4096), Crossover(False, 64, 0.1, None)),
+        "me",
     )
     path = tmp_path / "p.json"
     path.write_text(json.dumps(profile.as_json(made)))
     assert profile.read(path) == dataclasses.replace(made, path=path)
-    assert made.shape("k.attend", Shape()) == Shape(128, 3)
-    assert made.shape("k.other", Shape()) == Shape()
+    assert made.shape("hopper.attend", Shape()) == Shape(128, 3)
+    assert made.shape("hopper.select", Shape()) == Shape()
 
 
 def test_crossovers_are_of_the_next_higher_density_and_their_own_kind() -> None:
@@ -115,6 +122,17 @@ def test_shipped_crossovers_say_for_which_width_they_are() -> None:
         ('{"schema": 1}', "gpu is None, wanted the name of one"),
         ('{"schema": 1, "gpu": "g", "shapes": {"a": {"step": "64"}}}', "wanted integers by field by kernel"),
         ('{"schema": 1, "gpu": "g", "shapes": {"a": 3}}', "wanted integers by field by kernel"),
+        (
+            '{"schema": 1, "gpu": "g", "shape": {}}',
+            "it has 'shape', wanted schema, gpu, source, shapes, crossovers alone",
+        ),
+        (with_kernel("hopper.atend"), "shapes has 'hopper.atend', wanted hopper.attend, hopper.attend_causal"),
+        (with_kernel("triton.select"), "shapes has 'triton.select', wanted"),
+        (with_kernel("triton.attend_r64_d65_half"), "or triton.attend_rR_dD_half or _single for lists of R rows"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"schema": 1, "gpu": "g", "shapes": ' + "[" * 900 + "]" * 900 + "}", "wanted integers by field by kernel"),
+        ('{"schema": 1, "gpu": "g", "crossovers": ' + "[" * 900 + "]" * 900 + "}", "wanted a list of"),
+        ('{"schema": 1, "gpu": "g", "source": 5}', "source is 5, wanted a text"),
         ('{"schema": 1, "gpu": "g", "crossovers": 7}', "wanted a list of"),
         ('{"schema": 1, "gpu": "g", "crossovers": [{"causal": true}]}', "wanted a list of"),
         (with_crossover(density=2), "a value is out of range"),
@@ -137,15 +155,63 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         profile.for_gpu("g", str(tmp_path / "none.json"))
 
 
-@pytest.mark.parametrize("fields", [{"step": 100}, {"colour": 3}])
-def test_shapes_that_do_not_fit_are_named(tmp_path: Path, fields: dict[str, int]) -> None:
-    found = profile.read(write(tmp_path / "p.json", shapes={"k.attend": fields}))
-    with pytest.raises(ProfileError, match=r"p\.json.*shapes\['k.attend'\] does not fit"):
-        found.shape("k.attend", Shape())
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"step": 100}, "shapes['hopper.attend'] does not fit: step is 100, wanted 64 or 128"),
+        ({"stage": 3, "step": 64}, "shapes['hopper.attend'] has 'stage', wanted some of step, stages"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(tmp_path: Path, fields: dict[str, int], said: str) -> None:
+    found = profile.read(write(tmp_path / "p.json", shapes={"hopper.attend": fields}))
+    with pytest.raises(ProfileError, match=r"p\.json.*bench tune") as caught:
+        found.shape("hopper.attend", Shape())
+    assert said in str(caught.value)
+
+
+def test_the_kernels_of_a_profile_are_those_that_ask_one() -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="Triton is not installed")
+    from vecattention import spec
+    from vecattention.backends.hopper import launch as hopper
+    from vecattention.backends.triton import launch as triton
+
+    both = (False, True)
+    asked = {f"hopper.{hopper.attend_kind(pair, causal)}" for pair in both for causal in both}
+    asked |= {f"hopper.{hopper.select_kind(causal)}" for causal in both}
+    asked |= {
+        f"triton.{triton.attend_kind(rows, head_dim, dtype)}"
+        for rows in range(16, 129, 16)  # what q_block_size can be
+        for head_dim in spec.HEAD_DIMS
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    }
+    assert asked == profile.KERNELS
+    names = re.compile(r'shape\(\s*f?"(\w+)\.')
+    read = [names.findall(inspect.getsource(launch)) for launch in (hopper, triton)]
+    assert read == [["hopper", "hopper"], ["triton"]], "nothing else asks: Triton's selection does not"
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "fields", "said"),
+    [
+        ("hopper", "AttendShape", {"stages": 99}, "stages is 99, wanted 2 to 8; correct"),
+        ("hopper", "AttendShape", {"step": 96}, "step is 96, wanted 64 or 128; correct"),
+        ("hopper", "SelectShape", {"span": 100}, "span is 100, wanted a multiple of 128 from 0 to 16777088; correct"),
+        ("triton", "AttendShape", {"step": 65536}, "step is 65536, wanted a power of 2 from 16 to 256; correct"),
+        ("triton", "AttendShape", {"words": 1048576}, "words is 1048576, wanted a power of 2 from 1 to 256; correct"),
+        ("triton", "AttendShape", {"warps": 3}, "warps is 3, wanted a power of 2 from 1 to 16; correct"),
+        ("triton", "AttendShape", {"stages": 9}, "stages is 9, wanted 1 to 8; correct"),
+        ("triton", "SelectShape", {"segment": 32}, "segment is 32, wanted a power of 2 from 64 to 65536; correct"),
+    ],
+)  # fmt: skip
+def test_launch_shapes_out_of_range_are_named(backend: str, kind: str, fields: dict[str, int], said: str) -> None:
+    pytest.importorskip("triton.experimental.gluon", reason="Triton is not installed")
+    launch = importlib.import_module(f"vecattention.backends.{backend}.launch")
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        getattr(launch, kind)(**fields)
 
 
 def test_a_profile_of_another_gpu_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "p.json", shapes={"k.attend": {"step": 128}})
+    path = write(tmp_path / "p.json", shapes={"hopper.attend": {"step": 128}})
     with caplog.at_level(logging.WARNING, "vecattention"):
         for _ in range(2):
             assert profile.for_gpu("Other GPU", str(path)) == profile.EMPTY
@@ -207,13 +273,21 @@ def test_models_stay_dense_below_the_crossover_of_a_shipped_profile(
     assert dit_settings_of(layers=1, heads=2, device=device, min_length=0).base.min_length == 0
 
 
-def test_the_environment_decides_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_decides_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A profile that it names gives launch shapes; which calls stay dense, it does not."""
     gpu(monkeypatch)
-    path = write(tmp_path / "p.json", crossovers=KNOWN, shapes={"k.attend": {"step": 128}})
+    path = write(tmp_path / "p.json", crossovers=KNOWN, shapes={"hopper.attend": {"step": 128}})
     monkeypatch.setenv(profile.VARIABLE, str(path))
-    assert profile.of(torch.device("cuda")).shape("k.attend", Shape()) == Shape(128)
-    assert settings_of(layers=1, heads=2, device=torch.device("cuda")).min_length == 129
+    assert profile.of(torch.device("cuda")).shape("hopper.attend", Shape()) == Shape(128)
+    _tell.cache_clear()
+    for _ in range(2):
+        assert settings_of(layers=1, heads=2, device=torch.device("cuda")).min_length == 129
+    assert [m for m in caplog.messages if "min_length" in m] == [
+        "vecattention: by the profile that VECATTENTION_PROFILE names such calls are faster than dense ones from 5000 "
+        "keys on; pass min_length=5000 to leave others dense"
+    ]
 
 
 def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +306,7 @@ def test_explain_tells_the_crossover(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "not known for this GPU; vecattention bench tune measures it" in said(causal=False, q_block_size=64)
     narrow = [entry | {"width": 16 * 256} for entry in KNOWN]  # 2 heads of 128 need 4 times as many keys
     monkeypatch.setenv(profile.VARIABLE, str(write(tmp_path / "narrow.json", crossovers=narrow)))
-    assert "with 4096 keys a dense kernel is faster at 10 % density (crossover 8192), faster at 50 %" in said()
+    assert "with 4096 keys a dense kernel is faster at 10 % density (crossover estimated at 8192), faster at" in said()
     assert "hint       lists for 128 rows" in said() and "hint" not in said(q_block_size=128)
 
 
@@ -246,37 +320,3 @@ def test_shapes_that_want_too_much_shared_memory_are_named() -> None:
         with pytest.raises(ValueError, match=r"wants \d+ bytes of shared memory at head_dim 128.*VECATTENTION_PROFILE"):
             launch.fitting(shape, 128)
         launch.fitting(shape, 64)
-
-
-def test_too_little_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vecattention.backends import cpu
-
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
-
-    query = torch.randn(1, 2, 512, 32)
-    problem = Problem.of(query, query, rule_of(32))
-    out, block = 2 * 512 * (32 * 4 + 4), dispatch.workspace(problem, dispatch.Chunk(2, 64))
-    monkeypatch.setattr(cpu, "select", full)
-    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out + 2 * block)
-    said = (
-        r"^CUDA out of memory\. Tried to allocate 2 GiB\. In vec_attention .* 512 queries of 2 heads .*; "
-        r"chunk_size=64 would fit"
-    )
-    with pytest.raises(torch.OutOfMemoryError, match=said):
-        vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")
-    monkeypatch.setattr("vecattention.machine.free_memory", lambda device: out)
-    with pytest.raises(torch.OutOfMemoryError, match="free memory, or handle fewer heads"):
-        vecattention.vec_attention(query, query, query, chunk_size=512, backend="cpu")
-
-
-def test_advice_on_memory_is_for_where_a_smaller_chunk_helps() -> None:
-    problem = Problem(1, 28, 4, 2**17, 2**17, 128, torch.bfloat16, torch.device("cuda"), rule_of(128))
-    chunk, out = dispatch.chunk_for(problem, 0), 28 * 2**17 * (128 * 2 + 4)
-    wanted = dispatch.workspace(problem, chunk)
-    assert chunk.heads < 28 and chunk.rows == 2**17
-    said = dispatch.out_of_memory(problem, chunk, out + wanted // 2)
-    fits = int(re.search(r"of \d+ heads at once about \d+; chunk_size=(\d+) would fit", said)[1])  # type: ignore[index]
-    assert fits % 64 == 0 and dispatch.workspace(problem, dispatch.Chunk(28, fits)) <= 0.8 * wanted / 2
-    for free in (out - 1, out + 2 * wanted):  # no room at all; room enough, so that it was not the chunk
-        assert "free memory, or handle fewer heads" in dispatch.out_of_memory(problem, chunk, free)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from vecattention import bits, machine, profile, spec
 
+logger = logging.getLogger(__name__)
+
 BACKENDS = ("hopper", "triton", "cpu", "reference")  # the order in which "auto" tries them
 POOLED_ROWS = 128
 HOPPER_ROWS = 128
@@ -20,6 +23,7 @@ HINT = (
     "lists for 128 rows (q_block_size=128) run 1.2 to 2 times as fast for each pair: docs/decisions/pool-and-share.md"
 )
 WORKSPACE = {"cpu": 8 * 2**20, "cuda": 44 * 2**20}  # bytes of bits that a chunk may hold
+SCRATCH = {"cpu": 0, "cuda": 32 * 2**20}  # bytes that a backend's kernels take besides, about: rings and counts
 
 
 class Backend(Protocol):
@@ -54,7 +58,8 @@ class Explanation:
         chunk_heads: query heads handled at once, those of all batch rows counted.
         workspace: bytes of selection bits that a chunk holds.
         problem: the shapes, dtype and device asked about.
-        crossovers: from which lengths on such calls are faster than dense ones, as far as the GPU's profile knows.
+        crossovers: from which lengths on such calls are no slower than dense ones, as far as the GPU's profile knows;
+            estimated for this call where those that were measured are wider (`profile.Crossover.keys`).
     """
 
     backend: str | None
@@ -86,12 +91,15 @@ class Explanation:
 
     def _dense(self) -> str:
         """Whether a dense kernel would be faster; `vec_attention` never takes one by itself, `apply` does."""
+        if not self.crossovers and not machine.multiprocessors(self.problem.device):
+            return "whether it is faster is known only for GPUs of this machine"
         if not self.crossovers:
             return "whether it is faster is not known for this GPU; vecattention bench tune measures it"
-        keys = self.problem.k_len
+        keys, width = self.problem.k_len, self.problem.batch * self.problem.heads * self.problem.head_dim
         said = [
             f"{'slower' if c.k_len is not None and keys >= c.k_len else 'faster'} at {100 * c.density:.3g} % density "
-            f"(crossover {c.k_len or 'beyond what was measured'})"
+            f"(crossover {'estimated at ' if c.k_len and width < c.width else ''}"
+            f"{c.k_len or 'beyond what was measured'})"
             for c in self.crossovers
         ]
         return f"with {keys} keys a dense kernel is " + ", ".join(said)
@@ -129,9 +137,19 @@ def choose(name: str, problem: spec.Problem) -> Backend:
     for candidate in BACKENDS:
         refused[candidate] = why_not(candidate, problem)
         if not refused[candidate]:
+            if candidate == "reference" and problem.device.type == "cuda":
+                _warn_slow(str(problem.device), str(problem.dtype), "; ".join(refused["triton"]))
             return load(candidate)
     listed = "; ".join(f"{candidate}: {', '.join(why)}" for candidate, why in refused.items())
     raise ValueError(f"backend is 'auto', but none can run this ({listed}); move the tensors or change the shapes")
+
+
+@functools.cache
+def _warn_slow(device: str, dtype: str, why: str) -> None:
+    logger.warning(
+        "vecattention: no kernel runs %s on %s (triton: %s); the reference does, which is right but slow. Pass "
+        "backend='reference' to say so yourself, or stay with dense attention there", dtype, device, why,
+    )  # fmt: skip
 
 
 def check(name: str) -> None:
@@ -227,20 +245,52 @@ def bits_held(problem: spec.Problem, chunk: Chunk) -> int:
     return chunk.heads * blocks * bytes_per_block(problem)
 
 
-def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int) -> str:
-    """What to say when a device has no room for a call in such chunks and ``free`` bytes are left on it."""
+def output_size(problem: spec.Problem) -> int:
+    """Bytes of the output and its log-sum-exp."""
+    return problem.batch * problem.heads * problem.q_len * (problem.head_dim * problem.dtype.itemsize + 4)
+
+
+def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int, has_output: bool = True) -> str:
+    """What to say when a device has no room for a call in such chunks.
+
+    Args:
+        free: bytes that are left on the device.
+        has_output: whether the output is there already.
+    """
     block, heads = problem.rule.q_block_size, problem.batch * problem.heads
-    size = heads * problem.q_len * (problem.head_dim * problem.dtype.itemsize + 4)
-    left, wanted = max(0, free - size), workspace(problem, chunk)
+    scratch = SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+    size = output_size(problem)
+    left, wanted = max(0, free - (0 if has_output else size)), workspace(problem, chunk) + scratch
     per_block = max(workspace(problem, Chunk(heads, block)), 1)
-    fits = int(0.8 * left) // per_block * block  # the allocator's rounding has to fit, too
+    fits = max(0, int(0.8 * left) - scratch) // per_block * block  # the allocator's rounding has to fit, too
     said = (
-        f"{free / 2**20:.0f} MiB are free, the output takes {size / 2**20:.0f} and {chunk.rows} queries of "
-        f"{chunk.heads} heads at once about {wanted / 2**20:.0f}"
+        f"{free / 2**20:.0f} MiB are free{' beside the output' if has_output else ''}, "
+        f"{'' if has_output else f'the output takes {size / 2**20:.0f} and '}{chunk.rows} queries of "
+        f"{chunk.heads} heads at once {'take ' if has_output else ''}about {wanted / 2**20:.0f}"
     )
     small = wanted <= 0.8 * left  # then it is not the chunk that did not fit
-    remedy = f"chunk_size={fits} would fit" if fits > 0 and not small else "free memory, or handle fewer heads at once"
+    remedy = f"chunk_size={fits} would fit" if fits > 0 and not small else "free memory, or pass fewer heads a call"
     return f"{said}; {remedy}"
+
+
+def no_room_to_select(problem: spec.Problem, free: int) -> str:
+    """What to say when a device has no room for all bits of a selection and ``free`` bytes are left on it."""
+    every = Chunk(problem.batch * problem.heads, problem.q_len)
+    wanted = workspace(problem, every) + SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+    return (
+        f"{free / 2**20:.0f} MiB are free, the bits of {every.rows} queries of {every.heads} heads and their pooled "
+        f"queries take about {wanted / 2**20:.0f}; pass fewer heads or queries a call, or let vec_attention hold "
+        "the bits of a few at a time"
+    )
+
+
+def no_room_to_attend(problem: spec.Problem, free: int) -> str:
+    """What to say when a device has no room for the output of a call and ``free`` bytes are left on it."""
+    wanted = output_size(problem) + SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+    return (
+        f"{free / 2**20:.0f} MiB are free, the output and what the kernels need take about {wanted / 2**20:.0f}; free "
+        "memory, or pass fewer heads a call"
+    )
 
 
 def explain(problem: spec.Problem, backend: str, chunk_size: int) -> Explanation:

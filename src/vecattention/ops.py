@@ -6,7 +6,8 @@ Each verb is a `torch.library` operator, so that `torch.compile(fullgraph=True)`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -284,8 +285,9 @@ def _arguments(rule: Rule) -> tuple[int, int, int, int, str, bool, float]:
 def _select(query: Tensor, key: Tensor, limit: Tensor, kind: str, pool: int, block: int, tile: int, group: int,
             scope: str, causal: bool, scale: float, backend: str) -> Tensor:  # fmt: skip
     rule = Rule(pool, block, tile, group, scope, causal, scale)
-    chosen = dispatch.choose(backend, Problem.of(query, key, rule))
-    with _own_dtypes(query):
+    problem = Problem.of(query, key, rule)
+    chosen = dispatch.choose(backend, problem)
+    with _memory("select", problem, lambda free: dispatch.no_room_to_select(problem, free)), _own_dtypes(query):
         return chosen.select(query, key, _alpha(query, key, limit, kind, rule), rule)
 
 
@@ -334,9 +336,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, words: Tensor, block: int
             backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
     selection = Selection(words, query.shape[2], key.shape[2], block, causal)
     problem = Problem.of(query, key, Rule(q_pooling_size=block, q_block_size=block, causal=causal, scale=scale))
+    chosen = dispatch.choose(backend, problem)
+    with _memory("attend", problem, lambda free: dispatch.no_room_to_attend(problem, free)), _own_dtypes(query):
+        return _attended(query, key, value, selection, scale, chosen)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float,
+              chosen: dispatch.Backend) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _outputs(query)
-    with _own_dtypes(query):
-        dispatch.choose(backend, problem).attend(query, key, value, selection, scale, out, lse)
+    chosen.attend(query, key, value, selection, scale, out, lse)
     return out, lse
 
 
@@ -354,20 +362,30 @@ def _vec_attention(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kin
     problem = Problem.of(query, key, rule)
     chosen = dispatch.choose(backend, problem)
     size = dispatch.chunk_for(problem, chunk)
-    with _memory(problem, size), _own_dtypes(query):
+    with _memory("vec_attention", problem, lambda free: dispatch.out_of_memory(problem, size, free, False)):
         out, lse = _outputs(query)
+    with _memory("vec_attention", problem, lambda free: dispatch.out_of_memory(problem, size, free)):
+        kept = _fill(query, key, value, limit, kind, problem, size, count, chosen, out, lse)
+    return out, lse, kept
+
+
+def _fill(query: Tensor, key: Tensor, value: Tensor, limit: Tensor, kind: str, problem: Problem, size: dispatch.Chunk,
+          count: bool, chosen: dispatch.Backend, out: Tensor, lse: Tensor) -> Tensor:  # fmt: skip
+    """Chunk by chunk the output; int64 [B, H] pairs that were kept, or [0, 0]."""
+    rule = problem.rule
+    with _own_dtypes(query):
         kept = query.new_zeros((problem.batch, problem.heads) if count else (0, 0), dtype=torch.int64)
         alpha = _alpha(query, key, limit, kind, rule)
         for part in dispatch.parts(problem, size):
             rows, keys = (part.batch, part.heads, part.rows), (part.batch, part.kv_heads, part.keys)
             q, k = query[rows], key[keys]
             words = chosen.select(q, k, alpha[part.batch, part.heads], rule)
-            selection = Selection(words, q.shape[2], k.shape[2], block, causal)
-            chosen.attend(q, k, value[keys], selection, scale, out[rows], lse[rows])
+            selection = Selection(words, q.shape[2], k.shape[2], rule.q_block_size, rule.causal)
+            chosen.attend(q, k, value[keys], selection, rule.scale, out[rows], lse[rows])
             if count:
                 kept[part.batch, part.heads] += selection.kept_pairs()
             del words, selection  # so that two chunks' bits are never held at once
-    return out, lse, kept
+    return kept
 
 
 @_vec_attention.register_fake
@@ -388,14 +406,14 @@ def _alpha(query: Tensor, key: Tensor, limit: Tensor, kind: str, rule: Rule) -> 
 
 
 @contextlib.contextmanager
-def _memory(problem: Problem, chunk: dispatch.Chunk) -> Iterator[None]:
-    """Where a GPU runs out of memory, say how much a chunk needs and which size would fit."""
+def _memory(name: str, problem: Problem, advice: Callable[[int], str]) -> Iterator[None]:
+    """Where a GPU runs out of memory, say what the function of this name needs: ``advice`` of the free bytes."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).partition("\n")[0]  # kept in front, since callers look for its words
-        said = dispatch.out_of_memory(problem, chunk, machine.free_memory(problem.device))
-        raise torch.OutOfMemoryError(f"{first} In vec_attention {said}") from error
+        traceback.clear_frames(error.__traceback__)  # what the call held until then is free as well
+        raise torch.OutOfMemoryError(f"{first} In {name} {advice(machine.free_memory(problem.device))}") from error
 
 
 def _own_dtypes(query: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,20 @@ SCHEMA = 1
 VARIABLE = "VECATTENTION_PROFILE"
 SHIPPED = Path(__file__).parent / "profiles"
 
+ENTRIES = ("schema", "gpu", "source", "shapes", "crossovers")
+"""What a file may hold."""
+
+KERNELS = frozenset(
+    [f"hopper.{kind}{causal}" for kind in ("attend", "attend_pairs", "select") for causal in ("", "_causal")]
+    + [
+        f"triton.attend_r{rows}_d{head_dim}_{precision}"
+        for rows in range(16, 129, 16)
+        for head_dim in (16, 32, 64, 80, 96, 128, 256)
+        for precision in ("half", "single")
+    ]
+)
+"""The kernels that ask a profile for their launch shape; Triton's selection asks none."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +54,9 @@ class ProfileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Crossover:
-    """The least measured length from which on a call of this kind took no longer than the fastest dense kernel.
+    """The least measured length from which on a call of this kind, or a denser one, took no longer than a dense one.
+
+    Dense: by the fastest kernel that was there. No longer: within 2 percent.
 
     Attributes:
         causal, q_block_size: the kind of call.
@@ -99,6 +116,10 @@ class Profile:
         if kernel in self._made:
             made: Shape = self._made[kernel]
             return made
+        names = [field.name for field in dataclasses.fields(default)]
+        if unknown := [name for name in self.shapes[kernel] if name not in names]:
+            what = f"shapes[{kernel!r}] has {_listed(unknown)}, wanted some of {', '.join(names)}"
+            raise ProfileError(_bad(self.path, what))
         try:
             return self._made.setdefault(kernel, dataclasses.replace(default, **self.shapes[kernel]))  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:
@@ -202,15 +223,26 @@ def read(path: Path) -> Profile:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ProfileError(_bad(path, f"it cannot be read: {error}")) from error
+    except RecursionError as error:
+        raise ProfileError(_bad(path, "it cannot be read: it is nested too deeply")) from error
     if not isinstance(held, dict) or held.get("schema") != SCHEMA:
         found = held.get("schema") if isinstance(held, dict) else None
-        raise ProfileError(_bad(path, f"its schema is {found!r}, wanted {SCHEMA}"))
-    gpu, shapes = held.get("gpu"), held.get("shapes", {})
+        raise ProfileError(_bad(path, f"its schema is {reprlib.repr(found)}, wanted {SCHEMA}"))
+    if unknown := [name for name in held if name not in ENTRIES]:
+        raise ProfileError(_bad(path, f"it has {_listed(unknown)}, wanted {', '.join(ENTRIES)} alone"))
+    gpu, shapes, source = held.get("gpu"), held.get("shapes", {}), held.get("source", "")
     if not isinstance(gpu, str) or not gpu:
-        raise ProfileError(_bad(path, f"gpu is {gpu!r}, wanted the name of one"))
+        raise ProfileError(_bad(path, f"gpu is {reprlib.repr(gpu)}, wanted the name of one"))
+    if not isinstance(source, str):
+        raise ProfileError(_bad(path, f"source is {reprlib.repr(source)}, wanted a text"))
     if not isinstance(shapes, dict) or not all(_numbers(fields) for fields in shapes.values()):
-        raise ProfileError(_bad(path, f"shapes is {shapes!r}, wanted integers by field by kernel"))
-    return Profile(gpu, shapes, _crossovers(held.get("crossovers", []), path), str(held.get("source", "")), path)
+        raise ProfileError(_bad(path, f"shapes is {reprlib.repr(shapes)}, wanted integers by field by kernel"))
+    if unknown := [name for name in shapes if name not in KERNELS]:
+        wanted = ", ".join(sorted(name for name in KERNELS if name.startswith("hopper.")))
+        wanted += " or triton.attend_rR_dD_half or _single for lists of R rows and head_dim D, such as "
+        wanted += "triton.attend_r64_d128_half"
+        raise ProfileError(_bad(path, f"shapes has {_listed(unknown)}, wanted {wanted}"))
+    return Profile(gpu, shapes, _crossovers(held.get("crossovers", []), path), source, path)
 
 
 _read = functools.cache(read)
@@ -227,6 +259,10 @@ def as_json(profile: Profile) -> dict[str, Any]:
         "shapes": {kernel: dict(fields) for kernel, fields in profile.shapes.items()},
         "crossovers": [dataclasses.asdict(c) for c in profile.crossovers],
     }  # fmt: skip
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _numbers(fields: object) -> bool:
@@ -248,7 +284,7 @@ def _crossovers(held: object, path: Path) -> tuple[Crossover, ...]:
         wanted = (
             "a list of {causal: bool, q_block_size: rows, density: 0..1, k_len: keys or null, width: heads x head_dim}"
         )
-        raise ProfileError(_bad(path, f"crossovers is {held!r}, wanted {wanted} ({error})")) from error
+        raise ProfileError(_bad(path, f"crossovers is {reprlib.repr(held)}, wanted {wanted} ({error})")) from error
     return found
 
 

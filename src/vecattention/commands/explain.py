@@ -48,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
     told = dispatch.explain(problem, args.backend, checks.chunk_size(args.chunk_size))
     sys.stdout.write(f"{told}\n")
     if problem.device.type == "cuda" and not torch.cuda.is_available():
+        wanted = "9.0" if told.backend == "hopper" else "8.0 or newer"
         sys.stdout.write(
-            "note       torch sees no GPU here: this is the answer for a GPU of compute capability 8.0 or newer\n"
+            f"note       torch sees no GPU here: this is the answer for one of compute capability {wanted}\n"
         )
+        if told.backend == "hopper" and args.backend == "auto":
+            sys.stdout.write("           on others from 8.0 on it is triton\n")
     return 0 if told.backend else 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from vecattention import checks, dispatch, ops, profile
 from vecattention.thresholds import SETTINGS, ThresholdTable
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_THRESHOLD = 0.9
 AUTO = "auto"
@@ -96,8 +100,26 @@ def settings_of(
 
 
 def pays_from(device: torch.device | None, causal: bool, q_block_size: int, width: int) -> int:
-    """Keys from which on sparse calls of this width (H D) are the faster ones on this device; 0 where not known."""
-    return 0 if device is None else profile.shipped(device).pays_from(causal, q_block_size, width=width)
+    """Keys from which on sparse calls of this width (H D) are the faster ones on this device; 0 where not known.
+
+    What the profile says that the environment names is only told: it may decide no result.
+    """
+    if device is None:
+        return 0
+    known = profile.shipped(device).pays_from(causal, q_block_size, width=width)
+    named = 0 if known else profile.of(device).pays_from(causal, q_block_size, width=width)
+    if named:
+        _tell(named)
+    return known
+
+
+@functools.cache
+def _tell(length: int) -> None:
+    logger.warning(
+        "vecattention: by the profile that %s names such calls are faster than dense ones %s; pass min_length=%d to "
+        "leave others dense", profile.VARIABLE,
+        "at no length that was measured" if length == profile.NEVER else f"from {length} keys on", length,
+    )  # fmt: skip
 
 
 def _threshold(value: float | Tensor | None, heads: int) -> Tensor:

@@ -28,6 +28,9 @@ def why_not(problem: spec.Problem) -> tuple[str, ...]:
         reasons.append(f"it takes float16 and bfloat16, not {problem.dtype}")
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"it takes head_dim 64 and 128, not {problem.head_dim}")
+    if max(problem.q_len, problem.k_len) * problem.head_dim >= 2**31:
+        rows = max(problem.q_len, problem.k_len)
+        reasons.append(f"it takes heads of less than 2**31 numbers, these have {rows} rows of {problem.head_dim}")
     if rule.q_block_size not in (BLOCK // 2, BLOCK):
         reasons.append(f"it wants lists of {BLOCK // 2} or {BLOCK} rows (q_block_size), these are {rule.q_block_size}")
     window = rule.k_local_size * rule.group_k_block

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import vecattention
 from vecattention.integrations.call import Call
-from vecattention.integrations.serve import why_dense
+from vecattention.integrations.serve import no_backend, why_dense
 from vecattention.integrations.settings import settings_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -217,16 +217,17 @@ def test_without_a_fast_backend_it_stays_dense() -> None:
     module = torch.nn.Module().eval()
     module.layer_idx = 0
     call = Call(module, query, key, key, None, None, 0.0, True, {})
-    reason = why_dense(call, settings_of(layers=1, heads=4))
+    assert why_dense(call) is None
+    reason = no_backend(call, settings_of(layers=1, heads=4))
     assert reason is not None and reason.startswith("no fast backend can run it (")
     assert reason.endswith("pass backend='reference' to run it all the same")
-    assert why_dense(call, settings_of(layers=1, heads=4, backend="reference")) is None
+    assert no_backend(call, settings_of(layers=1, heads=4, backend="reference")) is None
 
 
 def test_a_layer_without_index_stays_dense() -> None:
     x = torch.randn(1, 4, 300, 16)
     call = Call(torch.nn.Module().eval(), x, x, x, None, None, 0.0, True, {})
-    assert why_dense(call, settings_of(layers=1, heads=4)) == "the attention module has no layer_idx"
+    assert why_dense(call) == "the attention module has no layer_idx"
 
 
 def test_a_mask_shorter_than_the_cache_hides_the_rest() -> None:
@@ -252,4 +253,4 @@ def test_a_layer_that_asks_for_a_window_stays_dense_whatever_its_mask() -> None:
     module.layer_idx = 0
     for window, reason in ((299, "the layer has a sliding window shorter than the sequence"), (300, None)):
         call = Call(module, x, x, x, None, None, 0.0, True, {"sliding_window": window})
-        assert why_dense(call, settings_of(layers=1, heads=4)) == reason
+        assert why_dense(call) == reason

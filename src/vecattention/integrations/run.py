@@ -10,7 +10,7 @@ import torch
 from vecattention.integrations.call import Call, Output
 from vecattention.integrations.clock import Interval
 from vecattention.integrations.layout import Part, Span, parts
-from vecattention.integrations.serve import dense_pairs, serve, too_short, why_dense
+from vecattention.integrations.serve import dense_pairs, no_backend, serve, too_short, why_dense
 from vecattention.integrations.settings import Settings
 from vecattention.integrations.stats import Counts, LayerStats, Stats
 
@@ -64,7 +64,7 @@ class Run:
 
     def _layout(self, call: Call) -> tuple[list[Part] | None, str | None]:
         """(the parts of the call, the reason to stay dense); at least one of them is there."""
-        reason, mask = why_dense(call, self.settings), call.spans()
+        reason, mask = why_dense(call), call.spans()
         if mask is None or not call.causal:
             return None, reason
         batch = call.query.shape[0]
@@ -72,7 +72,7 @@ class Run:
         if isinstance(vision, str):
             vision, reason = None, reason or vision
         found = parts(mask, batch, vision, self.settings.min_length)
-        return found, reason or too_short(found, vision, self.settings)
+        return found, reason or too_short(found, vision, self.settings) or no_backend(call, self.settings)
 
     def _wanted(self, batch: int) -> list[Span] | str | None:
         """The span of each batch element outside of which rows stay dense (None: all sparse), or why it is unknown."""
@@ -101,4 +101,5 @@ class Run:
 
 
 def _nothing(call: Call) -> torch.Tensor:
-    return torch.zeros(call.query.shape[1], dtype=torch.int64, device=call.query.device)
+    """No kept pairs, on the CPU: that nothing was kept is nothing that the device would have to be told."""
+    return torch.zeros(call.query.shape[1], dtype=torch.int64, device="cpu")

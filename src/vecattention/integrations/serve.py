@@ -24,8 +24,8 @@ SHORT = "the sequence has fewer than min_length={0} keys; lower min_length to ma
 NO_VISION = "vision_span is 'auto' and input_ids hold no vision tokens; pass None to make text sparse too"
 
 
-def why_dense(call: Call, settings: Settings) -> str | None:
-    """The reason for which a prefill call must stay dense whatever its lengths, or None."""
+def why_dense(call: Call) -> str | None:
+    """The reason for which a prefill call must stay dense whatever its lengths, or None; but see `no_backend`."""
     options, query, key = call.options, call.query, call.key
     if not call.causal:
         return NOT_CAUSAL
@@ -47,7 +47,7 @@ def why_dense(call: Call, settings: Settings) -> str | None:
         return "the layer has a sliding window shorter than the sequence"
     if query.shape[3] not in HEAD_DIMS or call.value.shape != key.shape:
         return f"head_dim is {query.shape[3]} for keys and {call.value.shape[3]} for values, wanted one of {HEAD_DIMS}"
-    return _no_backend(call, settings)
+    return None
 
 
 def too_short(parts: Sequence[Part], vision: Sequence[object] | None, settings: Settings) -> str | None:
@@ -121,7 +121,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _no_backend(call: Call, settings: Settings) -> str | None:
+def no_backend(call: Call, settings: Settings) -> str | None:
     """A reason when only the reference, which builds all Sq x Sk scores, could run the call."""
     if settings.backend != "auto":
         return None

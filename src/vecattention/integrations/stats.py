@@ -131,6 +131,7 @@ class Counts:
         self._lock = threading.Lock()
         self._layers: dict[int, LayerStats] = {}
         self._running: dict[int, deque[Interval]] = {}
+        self._seconds: Counter[int] = Counter()
         self._reasons: Counter[str] = Counter()
 
     def add(self, layer: int, more: LayerStats, interval: Interval | None = None) -> None:
@@ -154,20 +155,27 @@ class Counts:
             for layer in self._running:
                 self._settle(layer, 0)
             layers, reasons = dict(sorted(self._layers.items())), dict(self._reasons)
-        return Stats({i: replace(layer, kept=layer.kept.cpu()) for i, layer in layers.items()}, reasons)
+            seconds = Counter(self._seconds)
+        read = {
+            i: replace(layer, kept=layer.kept.cpu(), seconds=layer.seconds + seconds[i]) for i, layer in layers.items()
+        }
+        return Stats(read, reasons)
 
     def _settle(self, layer: int, most: int) -> None:
         """Turn the oldest intervals of a layer into seconds until at most so many are left."""
-        running, stats = self._running[layer], self._layers[layer]
+        running = self._running[layer]
         while len(running) > most:
-            stats = replace(stats, seconds=stats.seconds + running.popleft().seconds())
-        self._layers[layer] = stats
+            self._seconds[layer] += running.popleft().seconds()  # type: ignore[assignment]
 
 
 def _sum(a: LayerStats, b: LayerStats) -> LayerStats:
-    # Not in place: a tensor made under torch.inference_mode may not be changed outside of it.
+    # Not in place: a tensor made under torch.inference_mode may not be changed outside of it. And not at all where
+    # there is nothing to add, as in each one-token call: the device would have to be told.
+    kept = a.kept if b.sparse_calls == 0 else b.kept
+    if a.sparse_calls and b.sparse_calls:
+        kept = a.kept + b.kept.to(a.kept.device, non_blocking=True)
     return LayerStats(
-        a.kept + b.kept.to(a.kept.device, non_blocking=True), a.sparse_pairs + b.sparse_pairs,
+        kept, a.sparse_pairs + b.sparse_pairs,
         a.dense_pairs + b.dense_pairs, a.sparse_calls + b.sparse_calls, a.dense_calls + b.dense_calls,
         a.decode_calls + b.decode_calls, a.seconds + b.seconds,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from vecattention.integrations.attach import NAME, attached, attachment_of, text_model_of
+from vecattention.integrations.attach import NAME, Attachment, attached, attachment_of, text_model_of
 from vecattention.integrations.call import Call, Output
 from vecattention.integrations.masks import CausalSpans, attention_mask
 from vecattention.integrations.run import Run
@@ -55,20 +55,26 @@ def attention_forward(
         ([B, Sq, H, D], attention weights or None).
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    call = Call(module, query, key, value, attention_mask, scaling, dropout, causal, options)
-    if torch.compiler.is_compiling() and call.decoding:
-        return call.dense()
-    out: Output = _answer(call)
+    compiling = torch.compiler.is_compiling()
+    attachment = None if compiling else attachment_of(module)
+    stock = "sdpa" if attachment is None else attachment.stock
+    call = Call(module, query, key, value, attention_mask, scaling, dropout, causal, options, stock)
+    if not compiling:
+        return _answer(call, attachment)
+    out: Output = call.dense() if call.decoding else _outside(call)
     return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
-def _answer(call: Call) -> Output:
+def _outside(call: Call) -> Output:
+    """The answer, as no part of a graph; where there is none, this decorator would take longer than a short call."""
     attachment = attachment_of(call.module)
+    return _answer(call if attachment is None else replace(call, stock=attachment.stock), attachment)
+
+
+def _answer(call: Call, attachment: Attachment | None) -> Output:
     server = None if attachment is None else attachment.active()
-    if attachment is None or server is None:
-        return _published().forward(call)
-    return server.forward(replace(call, stock=attachment.stock))
+    return (_published() if server is None else server).forward(call)
 
 
 def register() -> None:

@@ -31,6 +31,7 @@ LENGTHS = ((300, 556), (300, 557))  # keys of their own begin with a whole stret
 DIMS = (128, 64)
 CONTROLS = {
     "alone": "that share nothing",
+    "before": "that share nothing, after barriers among the warps of the first role alone",
     "barrier": "each with a barrier among its own warps",
     "handed": "of which one hands the others a number through shared memory, by an mbarrier",
 }
@@ -70,8 +71,12 @@ def control(kind: str) -> int:
         shared = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(ready, count=1)
+        if KIND == "before":
+            for _ in range(8):
+                barrier()
         gl.warp_specialize(
-            [(role, (out, shared, ready, gl.constexpr(0), KIND)), (role, (out, shared, ready, gl.constexpr(1), KIND)),
+            [(role, (out, shared, ready, gl.constexpr(0), KIND)),
+             (role, (out, shared, ready, gl.constexpr(1), KIND)),
              (role, (out, shared, ready, gl.constexpr(2), KIND))],
             [4, 4],
             [208, 88],

@@ -36,13 +36,15 @@ def works(args: argparse.Namespace) -> list[Work]:
     for name in args.lists:
         case, density, kind = name.split(":")
         found.append({"what": "lists", "case": case, "density": float(density), "lists": kind})
-    return [work | {"block": args.block, "scope": args.scope, "device": args.device} for work in found]
+    also = {"block": args.block, "scope": args.scope, "device": args.device, "backend": args.backend}
+    return [work | also for work in found]
 
 
 def title(work: Work) -> str:
     """What a record says it is of."""
     shown = f"R={work['block']}" + (f", P={work['pool']}" if "pool" in work else f", {work['lists']}")
     shown += f", {work['scope']}" if work["scope"] != "window" else ""
+    shown += f", {work['backend']}" if work["backend"] != "auto" else ""
     return f"{work['what']}, {shown}" + (f", {100 * work['density']:g} %" if "density" in work else "")
 
 
@@ -116,7 +118,7 @@ def _call_of(work: Work) -> tuple[Callable[[], object], list[Any], Callable[[], 
     from vecattention.bench.timer import graphed
     from vecattention.spec import Problem
 
-    gpu, kept = work["device"] == "cuda", []
+    gpu, kept, backend = work["device"] == "cuda", [], work["backend"]
     source = Source(case_of(work["case"]), work["device"], torch.bfloat16 if gpu else torch.float32)
     query, key, value = source.tensors()
     rule = {"q_pooling_size": work.get("pool", 64), "q_block_size": work["block"], "max_scope": work["scope"],
@@ -125,19 +127,19 @@ def _call_of(work: Work) -> tuple[Callable[[], object], list[Any], Callable[[], 
         theta, _ = studies.threshold_for(query, key, work["density"], rule)
 
         def call() -> None:
-            kept[:] = [vecattention.vec_attention(query, key, value, threshold=theta, **rule)]
+            kept[:] = [vecattention.vec_attention(query, key, value, threshold=theta, backend=backend, **rule)]
     elif work["what"] == "selection":
         problem = Problem.of(query, key, ops.rule_of(query.shape[3], **rule))
         chunks = list(dispatch.parts(problem, dispatch.chunk_for(problem, 0)))
 
         def call() -> None:
             for b, h, g, rows, keys in chunks:
-                kept[:] = [vecattention.select(query[b, h, rows], key[b, g, keys], **rule).words]
+                kept[:] = [vecattention.select(query[b, h, rows], key[b, g, keys], backend=backend, **rule).words]
     else:
         ready = lists(source.case, work["density"], work["lists"], 0, work["block"], work["device"])
 
         def call() -> None:
-            kept[:] = [vecattention.attend(query, key, value, ready)]
+            kept[:] = [vecattention.attend(query, key, value, ready, backend=backend)]
 
     call()
     return graphed(call) if gpu else call, kept, call
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--pool", nargs="*", type=int, default=[64], help="of calls and selections (64)")
     parser.add_argument("--block", type=int, default=128, help="rows that share a list (128)")
     parser.add_argument("--scope", default="window", choices=("window", "row"))
+    parser.add_argument("--backend", default="auto", help="(auto)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ms", type=float, default=200.0, help="that each measurement takes about (200)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -168,11 +168,12 @@ def test_what_the_power_limit_costs_is_measured() -> None:
 def test_source_trees_are_compared(tmp_path: Path) -> None:
     root, out = RECORDS.parents[2], tmp_path / "trees.jsonl"
     asked = [str(out), f"a={root / 'src'}", f"b={root / 'src'}", "--selections", "qwen2.5-vl-4k", "--device", "cpu"]
+    asked += ["--backend", "cpu"]
     call = [sys.executable, str(root / "benchmarks" / "trees.py"), *asked, "--rounds", "2", "--ms", "1"]
     said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     held = record.read(out)
     assert [(r["variant"], r["equal"], r["rounds"]) for r in held] == [("a", True, 2), ("b", True, 2)]
-    assert all(0 < r["ms_min"] <= r["ms"] for r in held) and said.count("selection, R=128, P=64") == 2
+    assert all(0 < r["ms_min"] <= r["ms"] for r in held) and said.count("selection, R=128, P=64, cpu") == 2
     assert cli.main(["report", str(out)]) == 0
     for asked, why in (
         (["a=nowhere", "--selections", "x"], "a is 'nowhere', wanted a folder that holds vecattention/"),

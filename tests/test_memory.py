@@ -51,7 +51,7 @@ def test_advice_is_for_where_a_smaller_chunk_helps() -> None:
     for has_output in (True, False):
         besides = 0 if has_output else out
         said = dispatch.out_of_memory(problem, chunk, besides + 4 * wanted // 5, has_output)
-        fits = int(re.search(r"of \d+ heads at once (?:take )?about \d+; chunk_size=(\d+) would", said)[1])  # type: ignore[index]
+        fits = int(re.search(r"of \d+ heads at once take about \d+; chunk_size=(\d+) would", said)[1])  # type: ignore[index]
         taken = dispatch.workspace(problem, dispatch.Chunk(28, fits)) + dispatch.SCRATCH["cuda"]
         assert fits % 64 == 0 and taken <= 0.8 * (4 * wanted / 5)
         assert ("beside the output" in said) == has_output and (f"output takes {out / 2**20:.0f}" in said) != has_output

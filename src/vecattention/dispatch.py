@@ -245,6 +245,10 @@ def bits_held(problem: spec.Problem, chunk: Chunk) -> int:
     return chunk.heads * blocks * bytes_per_block(problem)
 
 
+def _scratch(problem: spec.Problem) -> int:
+    return SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+
+
 def output_size(problem: spec.Problem) -> int:
     """Bytes of the output and its log-sum-exp."""
     return problem.batch * problem.heads * problem.q_len * (problem.head_dim * problem.dtype.itemsize + 4)
@@ -258,15 +262,14 @@ def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int, has_output: bo
         has_output: whether the output is there already.
     """
     block, heads = problem.rule.q_block_size, problem.batch * problem.heads
-    scratch = SCRATCH.get(problem.device.type, SCRATCH["cuda"])
-    size = output_size(problem)
-    left, wanted = max(0, free - (0 if has_output else size)), workspace(problem, chunk) + scratch
+    scratch, size = _scratch(problem), 0 if has_output else output_size(problem)
+    left, wanted = max(0, free - size), workspace(problem, chunk) + scratch
     per_block = max(workspace(problem, Chunk(heads, block)), 1)
     fits = max(0, int(0.8 * left) - scratch) // per_block * block  # the allocator's rounding has to fit, too
+    output = " beside the output" if has_output else f", of which the output takes {size / 2**20:.0f}"
     said = (
-        f"{free / 2**20:.0f} MiB are free{' beside the output' if has_output else ''}, "
-        f"{'' if has_output else f'the output takes {size / 2**20:.0f} and '}{chunk.rows} queries of "
-        f"{chunk.heads} heads at once {'take ' if has_output else ''}about {wanted / 2**20:.0f}"
+        f"{free / 2**20:.0f} MiB are free{output}, {chunk.rows} queries of {chunk.heads} heads at once take about "
+        f"{wanted / 2**20:.0f}"
     )
     small = wanted <= 0.8 * left  # then it is not the chunk that did not fit
     remedy = f"chunk_size={fits} would fit" if fits > 0 and not small else "free memory, or pass fewer heads a call"
@@ -276,7 +279,7 @@ def out_of_memory(problem: spec.Problem, chunk: Chunk, free: int, has_output: bo
 def no_room_to_select(problem: spec.Problem, free: int) -> str:
     """What to say when a device has no room for all bits of a selection and ``free`` bytes are left on it."""
     every = Chunk(problem.batch * problem.heads, problem.q_len)
-    wanted = workspace(problem, every) + SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+    wanted = workspace(problem, every) + _scratch(problem)
     return (
         f"{free / 2**20:.0f} MiB are free, the bits of {every.rows} queries of {every.heads} heads and their pooled "
         f"queries take about {wanted / 2**20:.0f}; pass fewer heads or queries a call, or let vec_attention hold "
@@ -286,7 +289,7 @@ def no_room_to_select(problem: spec.Problem, free: int) -> str:
 
 def no_room_to_attend(problem: spec.Problem, free: int) -> str:
     """What to say when a device has no room for the output of a call and ``free`` bytes are left on it."""
-    wanted = output_size(problem) + SCRATCH.get(problem.device.type, SCRATCH["cuda"])
+    wanted = output_size(problem) + _scratch(problem)
     return (
         f"{free / 2**20:.0f} MiB are free, the output and what the kernels need take about {wanted / 2**20:.0f}; free "
         "memory, or pass fewer heads a call"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -131,7 +131,7 @@ class Counts:
         self._lock = threading.Lock()
         self._layers: dict[int, LayerStats] = {}
         self._running: dict[int, deque[Interval]] = {}
-        self._seconds: Counter[int] = Counter()
+        self._seconds: defaultdict[int, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
 
     def add(self, layer: int, more: LayerStats, interval: Interval | None = None) -> None:
@@ -155,17 +155,15 @@ class Counts:
             for layer in self._running:
                 self._settle(layer, 0)
             layers, reasons = dict(sorted(self._layers.items())), dict(self._reasons)
-            seconds = Counter(self._seconds)
-        read = {
-            i: replace(layer, kept=layer.kept.cpu(), seconds=layer.seconds + seconds[i]) for i, layer in layers.items()
-        }
+            seconds = {i: layer.seconds + self._seconds[i] for i, layer in layers.items()}
+        read = {i: replace(layer, kept=layer.kept.cpu(), seconds=seconds[i]) for i, layer in layers.items()}
         return Stats(read, reasons)
 
     def _settle(self, layer: int, most: int) -> None:
         """Turn the oldest intervals of a layer into seconds until at most so many are left."""
         running = self._running[layer]
         while len(running) > most:
-            self._seconds[layer] += running.popleft().seconds()  # type: ignore[assignment]
+            self._seconds[layer] += running.popleft().seconds()
 
 
 def _sum(a: LayerStats, b: LayerStats) -> LayerStats:

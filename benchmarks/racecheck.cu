@@ -1,6 +1,6 @@
 // What racecheck (compute-sanitizer 2025.3) reports of a program that has no race:
 //
-//     nvcc -gencode=arch=compute_90a,code=sm_90a -o out/racecheck benchmarks/racecheck.cu
+//     mkdir -p out && nvcc -gencode=arch=compute_90a,code=sm_90a -o out/racecheck benchmarks/racecheck.cu
 //     compute-sanitizer --tool racecheck out/racecheck
 //
 // The first warp writes eight bytes of shared memory, all warps of the block meet at barrier 1, and each warp but the

@@ -214,6 +214,22 @@ def test_what_cannot_be_reported_or_timed(tmp_path: Path, capsys: pytest.Capture
         assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_what_apply_costs_calls_that_stay_dense_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    call = [sys.executable, str(RECORDS.parents[2] / "benchmarks" / "overhead.py"), str(tmp_path / "o.jsonl")]
+    asked = ["--device", "cpu", "--tokens", "64", "--layers", "1", "--rounds", "2", "--ms", "1"]
+    done = subprocess.run([*call, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = record.read(tmp_path / "o.jsonl")
+    assert [(r["of"], r["variant"]) for r in found] == [
+        (of, variant)
+        for of in ("prompt of 64 tokens", "1 token after 4096 tokens")
+        for variant in ("as it is", "under apply")
+    ]
+    assert all(r["ms"] > 0 for r in found) and done.stdout.count("times as long") == 2
+    assert cli.main(["report", str(tmp_path / "o.jsonl")]) == 0
+
+
 def test_the_gpu_script_asks_for_what_the_studies_take() -> None:
     """Each step of benchmarks/gpu.py, none of them run: its arguments are those of its function."""
     path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"

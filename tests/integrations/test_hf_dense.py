@@ -84,6 +84,22 @@ def test_another_run_gives_the_reason_again(caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.records) == 2
 
 
+def test_a_short_call_is_counted_and_takes_no_time_of_its_own() -> None:
+    """Padded in front or not, alone or before a longer one."""
+    model = build(hf_tiny.llama)
+    padded = torch.ones(2, 100, dtype=torch.long)
+    padded[0, :40] = 0
+    with vecattention.apply(model) as run:
+        logits(model, input_ids=ids(100).repeat(2, 1), attention_mask=padded)
+        assert run.stats.seconds == 0
+        logits(model, input_ids=ids(100))
+        logits(model, input_ids=ids(300))
+    pairs = [n * (n + 1) // 2 for n in (60, 100, 100)]
+    for layer in run.stats.layers.values():
+        assert (layer.dense_calls, layer.sparse_calls, layer.dense_pairs) == (2, 1, sum(pairs))
+        assert layer.seconds > 0
+
+
 def test_decoding_is_dense_by_design_and_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = build(hf_tiny.llama)
     with caplog.at_level(logging.INFO), vecattention.apply(model) as run:

@@ -56,7 +56,7 @@ def test_pairs_are_counted_row_by_row(problem: dict[str, Any], block: int) -> No
     for part in parts(**problem):
         elements = part.batch.stop - part.batch.start
         seen = [part.before + i + 1 for i in range(part.count)]
-        assert part.all_pairs() == elements * sum(seen)
+        assert part.all_pairs == elements * sum(seen)
         first = part.low // block * block
         assert part.first_block(block) == first
         sparse = seen[first : part.high] if part.high > part.low else []
@@ -65,7 +65,7 @@ def test_pairs_are_counted_row_by_row(problem: dict[str, Any], block: int) -> No
 
 def test_elements_that_are_alike_share_a_part() -> None:
     plain = CausalSpans(0, 300, None, lambda: None)
-    assert parts(plain, 5, None, 129) == [Part(slice(0, 5), slice(0, 300), slice(0, 300), 0, 300)]
+    assert parts(plain, 5, None, 129) == (Part(slice(0, 5), slice(0, 300), slice(0, 300), 0, 300),)
     padded = CausalSpans(0, 300, ((0, 300), (0, 300), (50, 300)), lambda: None)
     assert [part.batch for part in parts(padded, 3, None, 129)] == [slice(0, 2), slice(2, 3)]
     assert [part.batch for part in parts(plain, 2, [(10, 200), (10, 201)], 129)] == [slice(0, 1), slice(1, 2)]

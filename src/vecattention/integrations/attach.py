@@ -47,7 +47,7 @@ class Attachment:
         generation that streams from a worker thread) gets the one that switched it.
         """
         for server in reversed(_entered.get()):
-            if any(server is mine for mine in self.servers):
+            if server in self.servers:
                 return server
         return self.servers[-1] if self.servers else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ DROPPED = ("softcap", "s_aux")  # what "sdpa" leaves out without a word
 Output = tuple[Tensor, Tensor | None]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a model hands to its attention function.
 
     Attributes:
@@ -60,7 +59,7 @@ class Call:
         batch, rows, keys = self.query.shape[0], self.query.shape[2], self.key.shape[2]
         mask = self.mask
         if mask is None and self.causal and rows <= keys:
-            return CausalSpans(0, rows, None, lambda: None)
+            return _unpadded(rows)
         if not isinstance(mask, CausalSpans) or mask.rows != rows or mask.last > keys:
             return None
         return mask if mask.spans is None or len(mask.spans) == batch else None
@@ -74,14 +73,16 @@ class Call:
         mask = self.mask.dense() if isinstance(self.mask, CausalSpans) else self.mask
         if mask is not None:
             mask = mask.to(self.query.device)
-        drops = any(self.options.get(name) is not None for name in DROPPED)
-        if self.stock == "eager" or (drops and self.stock != "sdpa"):
+        if self.stock != "sdpa" and (self.stock == "eager" or self._drops()):
             return self._eager(mask)
         out, weights = sdpa_attention_forward(
             self.module, self.query, self.key, self.value, mask, dropout=self.dropout, scaling=self.scaling,
             is_causal=self.causal, **self.options,
         )  # fmt: skip
         return out, weights
+
+    def _drops(self) -> bool:
+        return any(self.options.get(name) is not None for name in DROPPED)
 
     def _eager(self, mask: Tensor | None) -> Output:
         source = sys.modules[type(self.module).__module__]
@@ -102,3 +103,9 @@ class Call:
             **self.options,
         )  # fmt: skip
         return out, weights
+
+
+@functools.lru_cache(maxsize=64)
+def _unpadded(rows: int) -> CausalSpans:
+    """What no mask means: so many rows from position 0 on, all of them real."""
+    return CausalSpans(0, rows, None, lambda: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Part:
             return 0
         return self._elements * allowed_pairs(self.high - start, self.before + self.high, True)
 
+    @functools.cached_property
     def all_pairs(self) -> int:
         """Pairs of one head that all rows would attend densely."""
         return self._elements * allowed_pairs(self.count, self.before + self.count, True) if self.count else 0
@@ -59,7 +61,7 @@ class Part:
         return int(self.batch.stop - self.batch.start)
 
 
-def parts(mask: CausalSpans, batch: int, vision: Sequence[Span] | None, min_length: int) -> list[Part]:
+def parts(mask: CausalSpans, batch: int, vision: Sequence[Span] | None, min_length: int) -> tuple[Part, ...]:
     """The `Part`s of a call; neighbouring batch elements that are alike share one.
 
     Args:
@@ -76,24 +78,33 @@ def parts(mask: CausalSpans, batch: int, vision: Sequence[Span] | None, min_leng
         >>> [(p.low, p.high) for p in parts(mask, 2, [(150, 290), None], 129)]
         [(50, 190), (0, 0)]
     """
-    spans = mask.spans or ((0, mask.last),) * batch
-    wanted: Sequence[Span] = [(0, mask.last)] * batch if vision is None else vision
-    bounds = [_bounds(mask, span, want, min_length) for span, want in zip(spans, wanted, strict=True)]
+    wanted = None if vision is None else tuple(vision)
+    return _parts(mask.first, mask.last, mask.spans, batch, wanted, min_length)
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a forward ask one after the other
+def _parts(
+    first: int, last: int, real: tuple[tuple[int, int], ...] | None, batch: int, vision: tuple[Span, ...] | None,
+    min_length: int,
+) -> tuple[Part, ...]:  # fmt: skip
+    """`parts` of a mask whose rows are at the positions first .. last - 1."""
+    spans, wanted = real or ((0, last),) * batch, vision or ((0, last),) * batch
+    bounds = [_bounds(first, last, *both, min_length) for both in zip(spans, wanted, strict=True)]
     found, start = [], 0
     for (rows, keys, sparse), group in itertools.groupby(bounds):
         stop = start + len(list(group))
         found.append(Part(slice(start, stop), slice(*rows), slice(*keys), *sparse))
         start = stop
-    return found
+    return tuple(found)
 
 
 def _bounds(
-    mask: CausalSpans, span: tuple[int, int], vision: Span, min_length: int
+    begin: int, end: int, span: tuple[int, int], vision: Span, min_length: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """(rows, keys, sparse rows) of one batch element, each (start, end)."""
-    first = min(max(span[0], mask.first), mask.last)  # positions of the real rows
-    last = max(first, min(span[1], mask.last))
-    rows, keys = (first - mask.first, last - mask.first), (min(span[0], first), last)
+    """(rows, keys, sparse rows), each (start, end), of a batch element whose rows are at begin .. end - 1."""
+    first = min(max(span[0], begin), end)  # positions of the real rows
+    last = max(first, min(span[1], end))
+    rows, keys = (first - begin, last - begin), (min(span[0], first), last)
     if vision is None:
         return rows, keys, (0, 0)
     low = min(max(vision[0], first), last)

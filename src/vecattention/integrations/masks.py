@@ -73,11 +73,11 @@ def attention_mask(
     plain = mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0
     if q_length == 1 or not plain:
         return stock()
-    bounds: Tensor | CausalSpans | None = _bounded(stock, q_length, kv_length, q_offset, attention_mask)
+    bound = _outside if torch.compiler.is_compiling() else _bounded
+    bounds: Tensor | CausalSpans | None = bound(stock, q_length, kv_length, q_offset, attention_mask)
     return bounds
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
 def _bounded(
     stock: Callable[[], Tensor | None], rows: int, keys: int, offset: int | Tensor, padding: Tensor | None
 ) -> Tensor | CausalSpans | None:
@@ -91,6 +91,9 @@ def _bounded(
     if spans is None and first == 0:
         return None
     return CausalSpans(first, rows, spans, functools.cache(stock))
+
+
+_outside = torch.compiler.disable(_bounded)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def _spans(padding: Tensor, keys: int) -> tuple[tuple[int, int], ...] | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Sequence
 
 from vecattention.integrations.call import Call, Output
 from vecattention.integrations.clock import Interval
 from vecattention.integrations.layout import Part, Span, parts
-from vecattention.integrations.serve import dense_pairs, no_backend, serve, too_short, why_dense
+from vecattention.integrations.serve import all_pairs, no_backend, serve, too_short, why_dense
 from vecattention.integrations.settings import Settings
-from vecattention.integrations.stats import Counts, LayerStats, Stats
+from vecattention.integrations.stats import Counts, Stats
+from vecattention.spec import allowed_pairs
 
 NO_IDS = "vision_span is 'auto' and this forward had no input_ids; pass them, or (start, end)"
 DECODING = "one-token decoding stays dense, by design: there is nothing to gain"
@@ -35,7 +34,7 @@ class Run:
         self.settings = settings
         self._vision = vision
         self._count = count
-        self._counts = Counts()
+        self._counts = Counts(count)
 
     @property
     def stats(self) -> Stats:
@@ -47,22 +46,44 @@ class Run:
 
     def forward(self, call: Call) -> Output:
         """Answer one attention call, sparsely where that is right."""
-        if call.decoding:
-            return self._decode(call)
+        if call.causal:
+            if call.query.shape[2] == 1:
+                return self._decode(call)
+            if call.key.shape[2] < self.settings.min_length:
+                return self._short(call)
         found, reason = self._layout(call)
         interval = Interval(call.query.device)
         if reason or found is None:
-            out, counts = call.dense(), self._stays_dense(call, found, str(reason))
-        else:
-            limit = self.settings.threshold(call.layer or 0)
-            answer, counts = serve(call, found, self.settings, limit, self._count)
-            out = answer, None
+            out = call.dense()
+            interval.stop()
+            layer, pairs = call.layer if call.causal else None, all_pairs(call, found)
+            if self._counts.dense(layer, call.query.shape[1], str(reason), pairs, interval):
+                self._tell(call, str(reason))
+            return out
+        answer, kept = serve(call, found, self.settings, self.settings.threshold(call.layer or 0), self._count)
         interval.stop()
-        if call.causal:
-            self._add(call, counts, interval)
-        return out
+        sparse = sum(part.sparse_pairs(self.settings.block) for part in found)
+        self._counts.sparse(call.layer, kept, sparse, all_pairs(call, found) - sparse, interval)
+        return answer, None
 
-    def _layout(self, call: Call) -> tuple[list[Part] | None, str | None]:
+    def _decode(self, call: Call) -> Output:
+        if self._counts.decoded(call.layer, call.query.shape[1], DECODING):
+            logger.info("vecattention: %s", DECODING)
+        return call.dense()
+
+    def _short(self, call: Call) -> Output:
+        """The answer to a call that is over so soon that its time is not taken."""
+        batch, heads, rows, _ = call.query.shape
+        if call.mask is None:
+            pairs = batch * allowed_pairs(rows, rows, True)
+        else:
+            mask = call.spans()
+            pairs = all_pairs(call, None if mask is None else parts(mask, batch, None, self.settings.min_length))
+        if self._counts.dense(call.layer, heads, self.settings.short, pairs):
+            self._tell(call, self.settings.short)
+        return call.dense()
+
+    def _layout(self, call: Call) -> tuple[Sequence[Part] | None, str | None]:
         """(the parts of the call, the reason to stay dense); at least one of them is there."""
         reason, mask = why_dense(call), call.spans()
         if mask is None or not call.causal:
@@ -84,22 +105,5 @@ class Run:
         found = self._vision() if self._vision is not None else None
         return NO_IDS if found is None or len(found) != batch else found
 
-    def _stays_dense(self, call: Call, found: list[Part] | None, reason: str) -> LayerStats:
-        if self._counts.note(reason):
-            logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)
-        return LayerStats(_nothing(call), dense_pairs=dense_pairs(call, found), dense_calls=1)
-
-    def _decode(self, call: Call) -> Output:
-        if self._counts.note(DECODING):
-            logger.info("vecattention: %s", DECODING)
-        self._add(call, LayerStats(_nothing(call), decode_calls=1))
-        return call.dense()
-
-    def _add(self, call: Call, more: LayerStats, interval: Interval | None = None) -> None:
-        if call.layer is not None and self._count:
-            self._counts.add(call.layer, more, interval)
-
-
-def _nothing(call: Call) -> torch.Tensor:
-    """No kept pairs, on the CPU: that nothing was kept is nothing that the device would have to be told."""
-    return torch.zeros(call.query.shape[1], dtype=torch.int64, device="cpu")
+    def _tell(self, call: Call, reason: str) -> None:
+        logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)

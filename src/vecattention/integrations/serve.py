@@ -12,7 +12,6 @@ from vecattention import bits, ops
 from vecattention.integrations.call import Call
 from vecattention.integrations.layout import Part
 from vecattention.integrations.settings import Settings
-from vecattention.integrations.stats import LayerStats
 from vecattention.spec import HEAD_DIMS, Selection, allowed_pairs
 
 NOT_CAUSAL = "the attention is not causal (an encoder, a vision tower or cross-attention)"
@@ -20,7 +19,6 @@ OTHER_MASK = (
     "the mask is not plain causal (packed sequences, sliding windows, padding inside a sequence, bidirectional blocks "
     "or a custom mask)"
 )
-SHORT = "the sequence has fewer than min_length={0} keys; lower min_length to make it sparse all the same"
 NO_VISION = "vision_span is 'auto' and input_ids hold no vision tokens; pass None to make text sparse too"
 
 
@@ -56,13 +54,11 @@ def too_short(parts: Sequence[Part], vision: Sequence[object] | None, settings: 
         return None
     if vision is not None and all(span is None for span in vision):
         return NO_VISION
-    return SHORT.format(settings.min_length)
+    return settings.short
 
 
-def serve(
-    call: Call, parts: Sequence[Part], settings: Settings, limit: Tensor, count: bool
-) -> tuple[Tensor, LayerStats]:
-    """([B, Sq, H, D], counts) of a call for which nobody had a reason to stay dense; padding gives 0.
+def serve(call: Call, parts: Sequence[Part], settings: Settings, limit: Tensor, count: bool) -> tuple[Tensor, Tensor]:
+    """([B, Sq, H, D], kept pairs [H]) of a call for which nobody had a reason to stay dense; padding gives 0.
 
     Args:
         limit: thresholds of the layer, [], [H] or [B, H].
@@ -74,17 +70,15 @@ def serve(
     for part in parts:
         if part.count:
             kept = kept + _fill(out.transpose(1, 2)[part.batch, :, part.rows], call, part, settings, limit, count)
-    block = settings.block
-    sparse, total = sum(p.sparse_pairs(block) for p in parts), sum(p.all_pairs() for p in parts)
-    return out, LayerStats(kept, sparse, total - sparse, sparse_calls=1)
+    return out, kept
 
 
-def dense_pairs(call: Call, parts: Sequence[Part] | None) -> int:
-    """Pairs of one head that a dense prefill call attends; a mask of unknown kind counts as a causal one."""
+def all_pairs(call: Call, parts: Sequence[Part] | None) -> int:
+    """Pairs of one head that a prefill call attends densely; a mask of unknown kind counts as a causal one."""
     if parts is None:
         batch, _, rows, _ = call.query.shape
         return batch * allowed_pairs(rows, max(rows, call.key.shape[2]), True)
-    return sum(part.all_pairs() for part in parts)
+    return sum(part.all_pairs for part in parts)
 
 
 def _fill(out: Tensor, call: Call, part: Part, settings: Settings, limit: Tensor, count: bool) -> Tensor:

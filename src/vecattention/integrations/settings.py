@@ -46,6 +46,12 @@ class Settings:
         """R, the rows that share one list of keys."""
         return int(self.rule["q_block_size"])
 
+    @functools.cached_property
+    def short(self) -> str:
+        """Why a short sequence stays dense."""
+        least = self.min_length
+        return f"the sequence has fewer than min_length={least} keys; lower min_length to make it sparse all the same"
+
     def threshold(self, layer: int) -> Tensor:
         """The thresholds of a layer: [], [H] or [B, H]."""
         if self.table is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,8 @@ class LayerStats:
         sparse_pairs: pairs that the same rows would attend densely.
         dense_pairs: pairs of the rows that stayed dense in prefill.
         sparse_calls, dense_calls, decode_calls: calls with sparse rows, prefill calls without, one-token calls.
-        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock.
+        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock; without
+            calls that have fewer keys than min_length, of which taking the time would itself take some.
     """
 
     kept: Tensor
@@ -125,58 +126,101 @@ class Stats:
 
 
 class Counts:
-    """Gathers `LayerStats` without waiting for the device; safe to feed from several threads."""
+    """Gathers what a run computes without waiting for the device; safe to feed from several threads.
 
-    def __init__(self) -> None:
+    Whoever adds a call names its layer (None: only its reason counts), its query heads, and the interval of its time
+    (None: not taken), which may still be on its way on the device.
+
+    Args:
+        layers: whether layers are counted, or reasons alone.
+    """
+
+    def __init__(self, layers: bool = True) -> None:
+        self._counting = layers
         self._lock = threading.Lock()
-        self._layers: dict[int, LayerStats] = {}
-        self._running: dict[int, deque[Interval]] = {}
-        self._seconds: defaultdict[int, float] = defaultdict(float)
-        self._reasons: Counter[str] = Counter()
+        self._layers: dict[int, _Layer] = {}
+        self._reasons: dict[str, int] = {}
 
-    def add(self, layer: int, more: LayerStats, interval: Interval | None = None) -> None:
-        """Add the counts of one call and the time it takes; both may still be on their way on the device."""
-        with self._lock:
-            old = self._layers.get(layer)
-            self._layers[layer] = more if old is None else _sum(old, more)
-            if interval is not None:
-                self._running.setdefault(layer, deque()).append(interval)
-                self._settle(layer, RUNNING)
+    def sparse(self, layer: int | None, kept: Tensor, sparse_pairs: int, dense_pairs: int, interval: Interval) -> None:
+        """Add a prefill call with sparse rows.
 
-    def note(self, reason: str) -> bool:
-        """Count a reason; true when it is the first time."""
+        Args:
+            kept: int64 [H], pairs that its sparse rows attended, on any device.
+            sparse_pairs: pairs of one head that the same rows would attend densely.
+            dense_pairs: pairs of one head of its dense rows.
+        """
+        if layer is None or not self._counting:
+            return
         with self._lock:
-            self._reasons[reason] += 1
-            return self._reasons[reason] == 1
+            held = self._layers.get(layer) or self._layer(layer, len(kept))
+            # Not in place: a tensor made under torch.inference_mode may not be changed outside of it.
+            held.kept = kept if held.kept is None else held.kept + kept.to(held.kept.device, non_blocking=True)
+            held.sparse_pairs += sparse_pairs
+            held.dense_pairs += dense_pairs
+            held.sparse_calls += 1
+            held.time(interval)
+
+    def dense(self, layer: int | None, heads: int, reason: str, pairs: int, interval: Interval | None = None) -> bool:
+        """Add a call that stayed dense, of ``pairs`` pairs of one head; true when its reason is met the first time."""
+        with self._lock:
+            self._reasons[reason] = count = self._reasons.get(reason, 0) + 1
+            if layer is not None and self._counting:
+                held = self._layers.get(layer) or self._layer(layer, heads)
+                held.dense_pairs += pairs
+                held.dense_calls += 1
+                if interval is not None:
+                    held.time(interval)
+        return count == 1
+
+    def decoded(self, layer: int | None, heads: int, reason: str) -> bool:
+        """Add a call of one token; true when its reason is met the first time."""
+        with self._lock:
+            self._reasons[reason] = count = self._reasons.get(reason, 0) + 1
+            if layer is not None and self._counting:
+                held = self._layers.get(layer) or self._layer(layer, heads)
+                held.decode_calls += 1
+        return count == 1
 
     def read(self) -> Stats:
         """The `Stats` until now, on the CPU: waits for the device."""
         with self._lock:
-            for layer in self._running:
-                self._settle(layer, 0)
-            layers, reasons = dict(sorted(self._layers.items())), dict(self._reasons)
-            seconds = {i: layer.seconds + self._seconds[i] for i, layer in layers.items()}
-        read = {i: replace(layer, kept=layer.kept.cpu(), seconds=seconds[i]) for i, layer in layers.items()}
-        return Stats(read, reasons)
+            for held in self._layers.values():
+                held.settle(0)
+            layers = {index: held.stats() for index, held in sorted(self._layers.items())}
+            reasons = dict(self._reasons)
+        return Stats({i: replace(layer, kept=layer.kept.cpu()) for i, layer in layers.items()}, reasons)
 
-    def _settle(self, layer: int, most: int) -> None:
-        """Turn the oldest intervals of a layer into seconds until at most so many are left."""
-        running = self._running[layer]
-        while len(running) > most:
-            self._seconds[layer] += running.popleft().seconds()
+    def _layer(self, index: int, heads: int) -> _Layer:
+        held = self._layers[index] = _Layer(heads)
+        return held
 
 
-def _sum(a: LayerStats, b: LayerStats) -> LayerStats:
-    # Not in place: a tensor made under torch.inference_mode may not be changed outside of it. And not at all where
-    # there is nothing to add, as in each one-token call: the device would have to be told.
-    kept = a.kept if b.sparse_calls == 0 else b.kept
-    if a.sparse_calls and b.sparse_calls:
-        kept = a.kept + b.kept.to(a.kept.device, non_blocking=True)
-    return LayerStats(
-        kept, a.sparse_pairs + b.sparse_pairs,
-        a.dense_pairs + b.dense_pairs, a.sparse_calls + b.sparse_calls, a.dense_calls + b.dense_calls,
-        a.decode_calls + b.decode_calls, a.seconds + b.seconds,
-    )  # fmt: skip
+class _Layer:
+    """What one layer has computed; numbers of the host, and of its sparse calls one tensor on the device."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.kept: Tensor | None = None
+        self.sparse_pairs = self.dense_pairs = self.sparse_calls = self.dense_calls = self.decode_calls = 0
+        self.seconds = 0.0
+        self.running: deque[Interval] = deque()
+
+    def time(self, interval: Interval) -> None:
+        """Add the time of a call."""
+        self.running.append(interval)
+        if len(self.running) > RUNNING:
+            self.settle(RUNNING)
+
+    def settle(self, most: int) -> None:
+        """Turn the oldest intervals into seconds until at most so many are left."""
+        while len(self.running) > most:
+            self.seconds += self.running.popleft().seconds()
+
+    def stats(self) -> LayerStats:
+        """Its counts; the kept pairs where they are."""
+        kept = torch.zeros(self.heads, dtype=torch.int64, device="cpu") if self.kept is None else self.kept
+        return LayerStats(kept, self.sparse_pairs, self.dense_pairs, self.sparse_calls, self.dense_calls,
+                          self.decode_calls, self.seconds)  # fmt: skip
 
 
 def _percent(value: Tensor) -> str:

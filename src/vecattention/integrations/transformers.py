@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def attention_forward(
 def _outside(call: Call) -> Output:
     """The answer, as no part of a graph; where there is none, this decorator would take longer than a short call."""
     attachment = attachment_of(call.module)
-    return _answer(call if attachment is None else replace(call, stock=attachment.stock), attachment)
+    return _answer(call if attachment is None else call._replace(stock=attachment.stock), attachment)
 
 
 def _answer(call: Call, attachment: Attachment | None) -> Output:

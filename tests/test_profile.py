@@ -184,10 +184,15 @@ def test_the_kernels_of_a_profile_are_those_that_ask_one() -> None:
         for head_dim in spec.HEAD_DIMS
         for dtype in (torch.float16, torch.bfloat16, torch.float32)
     }
+    asked |= {
+        f"triton.{triton.select_kind(head_dim, dtype)}"
+        for head_dim in spec.HEAD_DIMS
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    }
     assert asked == profile.KERNELS
     names = re.compile(r'shape\(\s*f?"(\w+)\.')
     read = [names.findall(inspect.getsource(launch)) for launch in (hopper, triton)]
-    assert read == [["hopper", "hopper"], ["triton"]], "nothing else asks: Triton's selection does not"
+    assert read == [["hopper", "hopper"], ["triton", "triton"]], "nothing else asks"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +239,25 @@ def test_shipped_profiles_fit_the_kernels() -> None:
             launch = importlib.import_module(f"vecattention.backends.{backend}.launch")
             default = launch.SelectShape() if kind.startswith("select") else launch.AttendShape()
             found.shape(kernel, default)
+
+
+def test_the_selection_takes_a_profile_s_shape_where_it_holds_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from vecattention.backends.triton import launch
+
+    query = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    known = profile.Profile("g", {"triton.select_d128_half": {"rows": 128, "segment": 4096, "warps": 8}})
+    monkeypatch.setattr(profile, "of", lambda device: known)
+
+    def shape(query: torch.Tensor, **rule: int) -> launch.SelectShape:
+        return launch._select_shape(rule_of(128, **rule), query)
+
+    tuned = launch.SelectShape(rows=128, segment=4096, warps=8)
+    assert shape(query) == shape(query, q_pooling_size=16, q_block_size=128) == shape(query, k_local_size=64) == tuned
+    assert shape(query, q_pooling_size=128, k_local_size=128) == launch.SelectShape(step=128, stages=2), (
+        "a tile that it does not hold"
+    )
+    assert shape(query.float()) == launch.SelectShape(warps=8, stages=1), "of another precision"
 
 
 def test_a_cpu_has_no_profile() -> None:

@@ -42,8 +42,9 @@ KERNELS = frozenset(
         for head_dim in (16, 32, 64, 80, 96, 128, 256)
         for precision in ("half", "single")
     ]
+    + [f"triton.select_d{dim}_{kind}" for dim in (16, 32, 64, 80, 96, 128, 256) for kind in ("half", "single")]
 )
-"""The kernels that ask a profile for their launch shape; Triton's selection asks none."""
+"""The kernels that ask a profile for their launch shape."""
 
 logger = logging.getLogger(__name__)
 

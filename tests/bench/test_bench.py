@@ -257,9 +257,10 @@ def test_no_candidate_is_the_default_itself() -> None:
         shape = hopper.SelectShape if kernel.selects else hopper.AttendShape
         assert kernel.candidates and shape() not in [shape(**fields) for fields in kernel.candidates]
     for kernel in tune.kernels("triton", causal=True):
-        default = triton.attend_shape(kernel.block, 128, torch.bfloat16)
-        given = {"step": default.step, "warps": default.warps, "stages": default.stages}
-        assert given in tune.TRITON_ATTEND and given not in kernel.candidates
+        default = triton.SelectShape() if kernel.selects else triton.attend_shape(kernel.block, 128, torch.bfloat16)
+        given = {name: getattr(default, name) for name in kernel.candidates[0]}
+        assert given in (tune.TRITON_SELECT if kernel.selects else tune.TRITON_ATTEND)
+        assert given not in kernel.candidates
 
 
 def test_triton_is_tuned_for_both_usual_head_dims() -> None:
@@ -267,6 +268,7 @@ def test_triton_is_tuned_for_both_usual_head_dims() -> None:
     asked = tune.steps("triton", [Source(case_of(name)) for name in tune.CASES["triton"]])
     timed = {(str(key["kernel"]), bool(key["fields"])) for key, _ in asked}
     names = {f"triton.attend_r{rows}_d{head_dim}_half" for rows in (64, 128) for head_dim in (64, 128)}
+    names |= {f"triton.select_d{head_dim}_half" for head_dim in (64, 128)}
     assert timed == {(name, candidate) for name in names for candidate in (False, True)}
     assert names <= profile.KERNELS
     for name in tune.CASES["hopper"]:

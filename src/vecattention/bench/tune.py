@@ -1,8 +1,8 @@
 """Finds a GPU's profile: the fastest launch shape of each kernel, and from which length on sparse calls are faster.
 
 Every candidate has to be right before it is timed. Candidates that do not compile, or want more shared memory than
-there is, are recorded as failed and left out. Of Triton's kernels only the attention has candidates, over lists of 64
-and of 128 rows in the head_dim of each case: its selection asks no profile, and its launch shape is fixed.
+there is, are recorded as failed and left out. Triton's kernels have a launch shape for each head_dim; those of the
+cases are looked for.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ HOPPER_ATTEND = tuple(
 HOPPER_SELECT = tuple(
     {"span": span, "stages": stages} for span, stages in itertools.product((0, 2048, 4096, 8192, 16384), (3, 4, 5))
 )
+TRITON_SELECT = tuple(
+    {"rows": rows, "step": step, "segment": segment, "warps": warps, "stages": stages}
+    for rows, step, segment, warps, stages in itertools.product((64, 128), (64, 128), (2048, 8192), (4, 8), (2, 3))
+)
 TRITON_ATTEND = tuple(
     {"step": step, "warps": warps, "stages": stages}
     for step, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4))
@@ -93,11 +97,13 @@ def kernels(backend: str, causal: bool, head_dim: int = 128, dtype: torch.dtype 
     """The kernels of a backend that a case of this kind runs."""
     launch = _launch(backend)
     if backend == "triton":
-        return [
+        found = [
             Kernel(f"triton.{launch.attend_kind(block, head_dim, dtype)}", block,
                    _others(launch.attend_shape(block, head_dim, dtype), TRITON_ATTEND))
             for block in (64, 128)
         ]  # fmt: skip
+        select = _others(launch.select_shape(head_dim, dtype), TRITON_SELECT)
+        return [*found, Kernel(f"triton.{launch.select_kind(head_dim, dtype)}", 128, select)]
     attend = _others(launch.AttendShape(), HOPPER_ATTEND)
     found = [Kernel(f"hopper.{launch.attend_kind(block == 64, causal)}", block, attend) for block in (128, 64)]
     select = _others(launch.SelectShape(), HOPPER_SELECT)
@@ -279,14 +285,18 @@ def _select(source: Source, kernel: Kernel, fields: dict[str, int]) -> tuple[boo
     launch = _launch(kernel.name.partition(".")[0])
     rule = rule_of(source.case.head_dim, q_pooling_size=64, q_block_size=kernel.block, causal=source.case.causal)
     alpha = torch.full(query.shape[:2], 0.105, device=source.device)
-    shape = dataclasses.replace(launch.SelectShape(), **fields)
+    default = launch.SelectShape() if not hasattr(launch, "select_shape") else launch.select_shape(
+        source.case.head_dim, source.dtype
+    )  # fmt: skip
+    shape = dataclasses.replace(default, **fields)
 
     def call() -> Tensor:
         words: Tensor = launch.select(query, key, alpha, rule, shape)
         return words
 
     found = call()
-    right = agreement_of(found, query, key, alpha, rule, rounded=True, heads=(0,)).passes
+    rounded = kernel.name.startswith("hopper.")
+    right = agreement_of(found, query, key, alpha, rule, rounded=rounded, heads=(0,)).passes
     return right and torch.equal(found, call()), call
 
 

@@ -204,10 +204,13 @@ def _tune(args: argparse.Namespace) -> int:
     from vecattention.bench.cases import Source
 
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    backend = "hopper" if gpu and torch.cuda.get_device_capability() == (9, 0) else "triton"
+    backends = ("hopper", "triton") if gpu and torch.cuda.get_device_capability() == (9, 0) else ("triton",)
     path = args.profile or args.out.parent / f"{profile.slug(gpu or 'cpu')}.json"
-    sources = [_source(args, name) for name in args.case or tune.CASES[backend]]
-    steps = tune.steps(backend, sources)
+    steps = [
+        step
+        for backend in backends
+        for step in tune.steps(backend, [_source(args, name) for name in args.case or tune.CASES[backend]])
+    ]
     asked = record.remaining(args.out, steps)
     ahead = [step for step in steps if args.again or step in asked]
     processes, begun = PROCESSES if args.processes is None else args.processes, time.monotonic()
@@ -219,7 +222,8 @@ def _tune(args: argparse.Namespace) -> int:
     made = tune.profile_of(gpu, record.made_here(record.read(args.out)), told)
     _write(path, made)
     with _using(path):
-        wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args)), made.shapes))
+        used = {name: fields for name, fields in made.shapes.items() if name.startswith(f"{backends[0]}.")}
+        wrong += _measure(args, tune.crossover_steps(lambda case: Source(case, args.device, _dtype(args)), used))
     made = tune.profile_of(gpu, record.made_here(record.read(args.out)), told)
     _write(path, made)
     sys.stdout.write(f"profile in {path}; {profile.VARIABLE}={path} uses its launch shapes\n")

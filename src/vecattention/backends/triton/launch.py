@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -56,12 +56,9 @@ def _powers(shape: SelectShape | AttendShape, limits: dict[str, tuple[int, int]]
         raise ValueError(f"stages is {shape.stages}, wanted 1 to 8; correct the launch shape")
 
 
-def select_shape(rule: spec.Rule, head_dim: int, dtype: torch.dtype) -> SelectShape:
-    """The launch shape of the selection: at least one block of R rows and one tile of B keys a step."""
-    rows, step = max(64, rule.rows_per_block), max(64, rule.k_local_size)
-    if dtype == torch.float32 or head_dim > 128:
-        return SelectShape(rows, step, warps=8, stages=1)
-    return SelectShape(rows, step, stages=3 if step == 64 else 2)  # Ada has 99 KiB of shared memory for a program
+def select_shape(head_dim: int, dtype: torch.dtype) -> SelectShape:
+    """The launch shape of the selection, for rules that it holds: R rows a block and B keys a tile."""
+    return SelectShape(warps=8, stages=1) if dtype == torch.float32 or head_dim > 128 else SelectShape()
 
 
 def attend_shape(block: int, head_dim: int, dtype: torch.dtype) -> AttendShape:
@@ -79,7 +76,7 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     batch, heads, q_len, dim = query.shape
     k_len, pool = key.shape[2], rule.q_pooling_size
     query, key = _unit_stride(query), _unit_stride(key)
-    shape = shape or select_shape(rule, dim, query.dtype)
+    shape = shape or _select_shape(rule, query)
     plan = _Segments.of(rule, k_len, shape)
     rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
     pooled = torch.empty((batch, heads, rows, dim), dtype=torch.float32, device=query.device)
@@ -138,7 +135,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
 
 def attend_kind(block: int, head_dim: int, dtype: torch.dtype) -> str:
     """The name of a profile's launch shape for this kind of attention."""
-    return f"attend_r{block}_d{head_dim}_{'single' if dtype == torch.float32 else 'half'}"
+    return f"attend_r{block}_d{head_dim}_{_precision(dtype)}"
+
+
+def select_kind(head_dim: int, dtype: torch.dtype) -> str:
+    """The name of a profile's launch shape for this kind of selection."""
+    return f"select_d{head_dim}_{_precision(dtype)}"
+
+
+def _select_shape(rule: spec.Rule, query: Tensor) -> SelectShape:
+    """The profile's launch shape of the selection, or the default; where it does not hold a rule, a wider default."""
+    default = select_shape(query.shape[3], query.dtype)
+    kind = select_kind(query.shape[3], query.dtype)
+    found = profile.of(query.device).shape(f"triton.{kind}", default)
+    if rule.rows_per_block <= found.rows and rule.k_local_size <= found.step:
+        return found
+    rows, step = max(default.rows, rule.rows_per_block), max(default.step, rule.k_local_size)
+    stages = default.stages if step == default.step else min(default.stages, 2)
+    return replace(default, rows=rows, step=step, stages=stages)  # Ada has 99 KiB of shared memory for a program
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "single" if dtype == torch.float32 else "half"
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,9 @@ def peer_steps(name: str) -> list[record.Step]:
             for kind in ("random", "clustered"):
                 found.append(({**key, "kernel": "flash-attn-4", "lists": kind},
                               partial(peers.paged, plain, density, kind)))  # fmt: skip
+                for block in (128, 64):
+                    found.append(({**key, "kernel": "flashinfer", "lists": kind, "block": block},
+                                  partial(peers.vector_sparse, plain, density, kind, block)))  # fmt: skip
     found.append(({"study": "dense", **plain.key}, partial(studies.dense, plain)))
     for method in methods.names():
         if method != "full" and plain.case.causal in methods.get(method).modes:

@@ -52,7 +52,7 @@ def shares(records: Sequence[Record]) -> list[Record]:
     return [
         {
             "case": r["case"], "pool": r["pool"], "block": r["block"], "scope": r["scope"],
-            "ms": r.get("ms_graph") or r["ms"],
+            "backend": r.get("backend", "auto"), "ms": r.get("ms_graph") or r["ms"],
             "percent": _over(100 * (r.get("ms_graph") or r["ms"]), dense.get(r["case"], NONE)["ms"]),
             "right": r["right"] and r.get("repeats_equal") is not False if "right" in r else None,
         }

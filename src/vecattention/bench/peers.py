@@ -51,7 +51,7 @@ def flex(source: Source, density: float, compiled: bool = True) -> Record:
     time = measure(call, device=source.device)
     return {
         "study": "peer", "case": case.name, "kernel": "flex_attention", "density": density, "lists": "128-blocks",
-        **error.record(), **time.record(), "tflops": tflops(useful_flop(case, selection), time.median),
+        "block": BLOCK, **error.record(), **time.record(), "tflops": tflops(useful_flop(case, selection), time.median),
         "kept": float(selection.density().mean()),
     }  # fmt: skip
 
@@ -65,10 +65,8 @@ def paged(source: Source, density: float, kind: str) -> Record:
     """
     from flash_attn.cute import flash_attn_varlen_func  # type: ignore[import-not-found]
 
+    selection = _ready(source, density, kind, BLOCK)
     case, (query, key, value) = source.case, source.tensors()
-    if case.causal or case.q_len % BLOCK:
-        raise ValueError(f"case is {case.name}, wanted one that is not causal, of whole blocks of {BLOCK} queries")
-    selection = lists(case, density, kind, source.seed, BLOCK, source.device)
     table, lengths = pages(selection, case)
     rows = query.reshape(-1, BLOCK, 1, case.head_dim)
     keys, values = (x.reshape(-1, 1, 1, case.head_dim) for x in (key, value))
@@ -78,12 +76,57 @@ def paged(source: Source, density: float, kind: str) -> Record:
         out: Tensor = found[0] if isinstance(found, tuple) else found
         return out.view(query.shape)
 
+    return _over_lists(source, density, kind, selection, "flash-attn-4 pages of 1", call)
+
+
+def vector_sparse(source: Source, density: float, kind: str, block: int = BLOCK) -> Record:
+    """FlashInfer's block-sparse attention, blocks of one key; all heads as one, so that each has its lists; not causal.
+
+    Its plan, made on the host from the lists' lengths, is not timed.
+
+    Raises:
+        ImportError: flashinfer-python is not installed.
+        ValueError: a causal case, or queries that are not whole blocks.
+    """
+    from flashinfer import BlockSparseAttentionWrapper  # type: ignore[import-not-found]
+
+    selection = _ready(source, density, kind, block)
+    case, (query, key, value) = source.case, source.tensors()
+    table, lengths = pages(selection, case)
+    places = torch.arange(table.shape[1], device=table.device)
+    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)))
+    rows, keys, values = (x.reshape(-1, 1, case.head_dim) for x in (query, key, value))
+    wrapper = BlockSparseAttentionWrapper(torch.empty(2**27, dtype=torch.uint8, device=query.device))
+    wrapper.plan(
+        starts, table[places < lengths[:, None]], len(rows), len(keys), block, 1, 1, 1, case.head_dim,
+        q_data_type=query.dtype, o_data_type=query.dtype,
+    )  # fmt: skip
+
+    def call() -> Tensor:
+        out: Tensor = wrapper.run(rows, keys, values)
+        return out.view(query.shape)
+
+    return _over_lists(source, density, kind, selection, "flashinfer", call)
+
+
+def _ready(source: Source, density: float, kind: str, block: int) -> Selection:
+    """Lists for kernels that know neither causal masks nor a last block that is not whole."""
+    case = source.case
+    if case.causal or case.q_len % block:
+        raise ValueError(f"case is {case.name}, wanted one that is not causal, of whole blocks of {block} queries")
+    return lists(case, density, kind, source.seed, block, source.device)
+
+
+def _over_lists(source: Source, density: float, kind: str, selection: Selection, kernel: str,
+                call: Callable[[], Tensor]) -> Record:  # fmt: skip
+    """The record of a kernel over ready lists, checked first."""
+    case, (query, key, value) = source.case, source.tensors()
     error = error_of(call(), query, key, value, selection, False)
     time = measure(call, device=source.device)
     return {
-        "study": "peer", "case": case.name, "kernel": "flash-attn-4 pages of 1", "density": density, "lists": kind,
-        **error.record(), **time.record(), "tflops": tflops(useful_flop(case, selection), time.median),
-        "kept": float(selection.density().mean()),
+        "study": "peer", "case": case.name, "kernel": kernel, "density": density, "lists": kind,
+        "block": selection.block, **error.record(), **time.record(),
+        "tflops": tflops(useful_flop(case, selection), time.median), "kept": float(selection.density().mean()),
     }  # fmt: skip
 
 

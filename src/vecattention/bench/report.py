@@ -23,7 +23,7 @@ FIELDS = {
 }  # fmt: skip
 """The studies that come into a table, and what a record of each has to hold; after a point: inside of that field."""
 
-OPTIONAL = {"machine": dict, "missing": dict, "right": bool, "ms_graph": float}
+OPTIONAL = {"machine": dict, "missing": dict, "right": bool, "ms_graph": float, "block": int}
 """Of what type other fields are, where a record of any study has them."""
 
 TEXTS = ("case", "kernel", "scope", "lists", "backend", "method", "of", "variant")

@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     for (name, why), cases in sorted(missing.items()):
         sys.stdout.write(f"\nDense kernel not measured: {name} on {', '.join(sorted(cases))} ({why})\n")
     chosen = [
-        [r["case"], f"{r['pool']} {r['block']} {r['scope']}", f"{r['ms']:.3f}", _known(r["percent"], "{:.1f} %"),
-         RIGHT[r["right"]]]
+        [r["case"], f"{r['pool']} {r['block']} {r['scope']}", r["backend"], f"{r['ms']:.3f}",
+         _known(r["percent"], "{:.1f} %"), RIGHT[r["right"]]]
         for r in figures.shares(found)
     ]  # fmt: skip
-    _table("selection", ["case", "P R scope", "ms", "of dense", "right"], chosen, args.markdown)
+    _table("selection", ["case", "P R scope", "backend", "ms", "of dense", "right"], chosen, args.markdown)
     grown = [
         [r["case"], str(r["block"]), f"{100 * r['density']:.0f} %", _known(r["dense_ms"], "{:.3f}"), f"{r['ms']:.3f}",
          _known(r["ratio"], "{:.2f}x"), _known(r["ratio_graph"], "{:.2f}x")]
@@ -76,10 +76,11 @@ def run(args: argparse.Namespace) -> int:
         args.markdown,
     )  # fmt: skip
     others = [
-        [r["case"], r["kernel"], r["lists"], f"{100 * r['density']:.0f} %", f"{r['ms']:.3f}", f"{r['tflops']:.0f}"]
+        [r["case"], r["kernel"], str(r.get("block", 128)), r["lists"], f"{100 * r['density']:.0f} %", f"{r['ms']:.3f}",
+         f"{r['tflops']:.0f}"]  # the first records name no block, and are of 128 rows
         for r in found if r["study"] == "peer"
     ]  # fmt: skip
-    _table("other sparse kernels", ["case", "kernel", "lists", "density", "ms", "TFLOP/s"], others, args.markdown)
+    _table("other sparse kernels", ["case", "kernel", "R", "lists", "density", "ms", "TFLOP/s"], others, args.markdown)
     rates = [
         [r["case"], str(r["block"]), r["lists"], f"{100 * r['density']:.0f} %", r["backend"], f"{r['ms']:.3f}",
          f"{r['tflops']:.0f}", f"{r['error']:.1e}"]

@@ -54,6 +54,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (100, 128, BRAIN, 64, True),
         (100, 128, BRAIN, 128, True),
         (100, 64, HALF, 64, True),
+        (80, 128, BRAIN, 96, True),
+        (90, 64, HALF, 48, False),
     ],
 )
 def test_attention(capability: int, dim: int, dtype: torch.dtype, block: int, causal: bool) -> None:
@@ -72,8 +74,9 @@ def test_attention(capability: int, dim: int, dtype: torch.dtype, block: int, ca
         (128, BRAIN, {"max_scope": "row"}),
         (64, HALF, {"q_pooling_size": 32, "q_block_size": 128}),
         (128, BRAIN, {"q_pooling_size": 128, "k_local_size": 128, "causal": False}),
+        (128, BRAIN, {"q_pooling_size": 32, "q_block_size": 96}),
     ],
-    ids=["row", "P32 R128", "P128 B128"],
+    ids=["row", "P32 R128", "P128 B128", "P32 R96"],
 )
 def test_selection(capability: int, dim: int, dtype: torch.dtype, rule: dict[str, Any]) -> None:
     pool, *passes = compiled(launch, capability, lambda: select(dim, dtype, rule))
@@ -110,7 +113,7 @@ def test_what_reads_the_code_can_tell_spills() -> None:
 def attend(dim: int, dtype: torch.dtype, block: int, causal: bool) -> None:
     """What `vecattention.attend` launches for 4 heads of 2,048 queries and keys."""
     query, key = torch.zeros(1, 4, LENGTH, dim, dtype=dtype), torch.zeros(1, 2, LENGTH, dim, dtype=dtype)
-    words = torch.zeros(1, 4, LENGTH // block, LENGTH // 32, dtype=torch.int32)
+    words = torch.zeros(1, 4, -(-LENGTH // block), LENGTH // 32, dtype=torch.int32)
     selection = spec.Selection(words, LENGTH, LENGTH, block, causal)
     launch.attend(query, key, key, selection, 1.0, torch.empty_like(query), torch.empty(1, 4, LENGTH))
 

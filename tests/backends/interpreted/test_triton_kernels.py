@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from strategies import LAYOUTS, Problem, laid_out, problems, sample
 from tolerance import Exact
 
 import vecattention as va
-from vecattention import bits, dispatch
+from vecattention import bits, dispatch, profile
 
 SMALL: dict[str, Any] = dict(
     dtypes=(torch.float32, torch.float16),
@@ -291,3 +292,59 @@ def test_what_hopper_counts_are_the_keys_of_each_list(pair: bool, causal: bool) 
         seen = min((first + 1) * 128 + k_len - q_len, k_len) if causal else k_len
         assert int(counts[at]) == int(lines.any(0)[:seen].sum())
     assert int(counts[-1]) == 0
+
+
+@either
+@pytest.mark.parametrize("sizes", [(16, 48), (32, 96), (16, 80), (16, 112)], ids=str)
+def test_blocks_need_not_be_a_power_of_2(sizes: tuple[int, int], causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs, in which some places for a block's pooled rows are not taken."""
+    query, key, value = sample(heads=1, q_len=330, k_len=343, head_dim=16)
+    known = profile.Profile("g", {"triton.select_d16_single": {"rows": 16}})
+    monkeypatch.setattr(profile, "of", lambda device: known)
+    for scope in ("window", "row"):
+        arguments: dict[str, Any] = dict(
+            threshold=0.6, q_pooling_size=sizes[0], q_block_size=sizes[1], max_scope=scope, causal=causal
+        )
+        found, wanted = (va.select(4 * query, key, **arguments, backend=b) for b in ("triton", "reference"))
+        assert 0.01 < wanted.density().min() and wanted.density().max() < 0.9
+        assert int(bits.popcount(found.words ^ wanted.words).sum()) <= 1
+    exact = Exact.of(query, key, value, wanted.mask(), 0.25)
+    exact.check(*va.attend(query, key, value, wanted, scale=0.25, return_lse=True, backend="triton"), "triton")
+
+
+SHIPPED = sorted(
+    {
+        (name, tuple(fields.items()))
+        for path in profile.SHIPPED.glob("*.json")
+        for name, fields in profile.read(path).shapes.items()
+        if name.startswith("triton.")
+    }
+)
+
+
+@either
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: str(shipped[0]))
+def test_a_launch_shape_that_ships_is_right(
+    shipped: tuple[str, tuple[tuple[str, int], ...]], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, fields = shipped
+    kind = re.fullmatch(r"triton\.(select|attend_r(?P<rows>\d+))_d(?P<dim>\d+)_half", name)
+    assert kind is not None
+    query, key, value = (x.half() for x in sample(heads=1, q_len=70, k_len=200, head_dim=int(kind["dim"])))
+    known, default = profile.Profile("g", {name: dict(fields)}), profile.EMPTY
+    for scope, tile, group in (("window", 16, 3), ("window", 32, 8192), ("row", 16, 8192)):
+        arguments: dict[str, Any] = dict(
+            threshold=0.3, q_pooling_size=32, q_block_size=int(kind["rows"] or 128), k_local_size=tile,
+            group_k_block=group, max_scope=scope, causal=causal,
+        )  # fmt: skip
+        if kind["rows"]:
+            monkeypatch.setattr(profile, "of", lambda device: known)
+            selection = va.select(query, key, **arguments, backend="reference")
+            out = va.attend(query, key, value, selection, return_lse=True, backend="triton")
+            return Exact.of(query, key, value, selection.mask(), query.shape[3] ** -0.5).check(*out, "triton")
+        words = []
+        for chosen in (default, known):
+            monkeypatch.setattr(profile, "of", lambda device, chosen=chosen: chosen)
+            words.append(va.select(query, key, **arguments, backend="triton").words)
+        assert torch.equal(*words), (scope, tile, group)
+    return None

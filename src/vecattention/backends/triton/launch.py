@@ -84,14 +84,16 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     tops = torch.empty((batch, heads, rows, plan.segments if plan.carry else 0), device=query.device)
     limits = alpha.contiguous()
     block_d = triton.next_power_of_2(dim)
-    row_tiles = -(-rows // shape.rows)
+    share = rule.rows_per_block
+    slots = triton.next_power_of_2(share)  # of a block's pooled rows in a program; 1, 2, 4 or 8
+    row_tiles = -(-(rows if share == slots else blocks * slots) // shape.rows)
 
     def run(maxima: bool, carry: bool, tops: Tensor) -> None:
         select_kernel[(row_tiles * plan.segments * batch * heads,)](
             pooled, key, limits, words, tops, *key.stride()[:3], heads, heads // key.shape[1], rows, k_len,
             k_len - q_len, width, blocks, row_tiles, plan.segments, plan.per_unit, plan.unit, plan.group,
-            D=dim, BLOCK_D=block_d, P=pool, SHARE=rule.rows_per_block, B=rule.k_local_size, T=shape.rows,
-            KB=shape.step, SEG=plan.segment, ROW_SCOPE=rule.max_scope == "row", CAUSAL=rule.causal, MAXIMA=maxima,
+            D=dim, BLOCK_D=block_d, P=pool, SHARE=share, SLOTS=slots, B=rule.k_local_size, T=shape.rows, KB=shape.step,
+            SEG=plan.segment, ROW_SCOPE=rule.max_scope == "row", CAUSAL=rule.causal, MAXIMA=maxima,
             CARRY=carry, SPLIT=query.dtype != torch.float32, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
 
@@ -127,8 +129,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: spec.Selection,
                 query, key, value, words, rings, out, lse, *query.stride()[:3], *key.stride()[:3],
                 *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], heads, heads // key.shape[1], q_len,
                 selection.k_len, words.shape[3], selection.blocks, done, scale,
-                D=dim, BLOCK_D=triton.next_power_of_2(dim), R=selection.block, BM=max(16, selection.block),
-                BN=shape.step, SEGMENT=shape.words, RING=ring, CAUSAL=selection.causal, STAGES=shape.stages,
+                D=dim, BLOCK_D=triton.next_power_of_2(dim), R=selection.block,
+                BM=triton.next_power_of_2(max(16, selection.block)), BN=shape.step, SEGMENT=shape.words, RING=ring,
+                CAUSAL=selection.causal, STAGES=shape.stages,
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=shape.warps,
             )  # fmt: skip
 

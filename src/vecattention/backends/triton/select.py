@@ -53,11 +53,12 @@ def _carried(tops, row, rows_ok, seg, segments, per_unit, lo, W, unit, SEG: tl.c
 @triton.jit
 def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, pooled_rows, k_len, offset, width, blocks,
                   row_tiles, segments, per_unit, unit, G,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, SHARE: tl.constexpr, B: tl.constexpr,
-                  T: tl.constexpr, KB: tl.constexpr, SEG: tl.constexpr, ROW_SCOPE: tl.constexpr, CAUSAL: tl.constexpr,
-                  MAXIMA: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, SHARE: tl.constexpr, SLOTS: tl.constexpr,
+                  B: tl.constexpr, T: tl.constexpr, KB: tl.constexpr, SEG: tl.constexpr, ROW_SCOPE: tl.constexpr,
+                  CAUSAL: tl.constexpr, MAXIMA: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One segment of keys for T pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
+    A block's SHARE rows take SLOTS of the T places, the next power of 2: what is left over stays empty.
     grid (row_tiles * segments * B * H), row tiles fastest, so that neighbours read the same keys from L2.
     """
     tile, seg = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles % segments
@@ -67,9 +68,15 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
     hi = tl.minimum(tl.minimum(lo + SEG, (seg // per_unit + 1) * unit), k_len)
     row, dims = tile * T + tl.arange(0, T), tl.arange(0, BLOCK_D)
     rows_ok = row < pooled_rows
+    after = tile * T + T  # the first row of the next program
+    if SHARE != SLOTS:
+        slot = row % SLOTS
+        row = row // SLOTS * SHARE + slot
+        rows_ok = (slot < SHARE) & (row < pooled_rows)
+        after = after // SLOTS * SHARE
     start = row * P + offset
     if CAUSAL:
-        hi = tl.minimum(hi, (tile * T + T) * P + offset)  # nothing at or past the last row's own span
+        hi = tl.minimum(hi, after * P + offset)  # nothing at or past the last row's own span
     line = bh.to(tl.int64) * pooled_rows
     pooled = load_rows(POOLED + line * D, row, dims, D, pooled_rows, D, BLOCK_D)
     high = pooled.to(K.dtype.element_ty)
@@ -113,8 +120,8 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
                 own = (column[None, :] >= start[:, None]) & (column[None, :] < start[:, None] + P)
                 kept = kept | (((column < P)[None, :] | own) & (column < hi)[None, :])
             kept = (kept & rows_ok[:, None]).to(tl.int32)
-            words = pack_words(kept, T, KB, SHARE)
-            block = tile * (T // SHARE) + tl.arange(0, T // SHARE)
+            words = pack_words(kept, T, KB, SLOTS)
+            block = tile * (T // SLOTS) + tl.arange(0, T // SLOTS)
             at = first // 32 + tl.arange(0, KB // 32)
             place = WORDS + (bh.to(tl.int64) * blocks + block.to(tl.int64)[:, None]) * width + at[None, :]
             tl.store(place, words, mask=(block < blocks)[:, None] & (at * 32 < hi)[None, :])

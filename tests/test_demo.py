@@ -19,7 +19,7 @@ from PIL import Image
 
 import vecattention
 from vecattention import cli
-from vecattention.demo import ask, films, maps, mass, picture, results, run, settings, write
+from vecattention.demo import ask, films, maps, mass, picture, results, run, settings, table, write
 from vecattention.integrations.capture import Captured
 from vecattention.recall import recall
 from vecattention.testbed import load, movies, prepare, question_for
@@ -150,6 +150,11 @@ def test_the_same_seed_gives_the_same_films_and_answers(outcome: run.Outcome) ->
     assert [(r.question, r.said) for r in again.results] == [(r.question, r.said) for r in outcome.results]
     # Matrix products may round differently from run to run, and a key at the cut-off may then fall either way.
     assert [r.density for r in again.results] == pytest.approx([r.density for r in outcome.results], rel=1e-2)
+
+
+def test_times_that_were_not_taken_are_said_not_to_be() -> None:
+    assert table._time(0.0, 0.0, True).strip() == table._time(0.0, 0.5, False).strip() == "not timed"
+    assert table._time(0.5, 0.0, False).strip() == "0.500 s" and table._time(0.5, 1.0, False) == "0.500 s (2.0x)"
 
 
 def test_the_command_prints_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

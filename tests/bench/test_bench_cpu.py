@@ -194,7 +194,7 @@ def test_records_without_a_dense_kernel_are_told_of(
     wanted = {
         "method": ["| x | svg | 0.900 | 30.0 % | 1.000 | 2.000 | - |"],
         "call": ["| x | 64 128 window | 20.0 % | - | - | 4.00 | - | 2 |"],
-        "call and selection": ["| - | - | 4.00 | - | 2 |", "| x | 64 128 window | 1.000 | - | not compared |"],
+        "call and selection": ["| - | - | 4.00 | - | 2 |", "| x | 64 128 window | auto | 1.000 | - | not compared |"],
         "lengths": ["| causal-1024 | 128 | 20 % | - | 4.000 | - | - |", "| causal-2048 |"],
     }[name]
     assert all(line in said for line in wanted)
@@ -458,6 +458,7 @@ def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
         "import sys, torch; from vecattention import cli; from vecattention.bench import tune, cases\n"
         "cases.CASES['t'] = cases.Case('t', 1, 1, 128, 128, True, head_dim=32)\n"
         "tune.TRITON_ATTEND = ({'step': 16},)\n"
+        "tune.TRITON_SELECT = ({'segment': 64},)\n"
         "tune.crossover_steps.__defaults__ = ((), ())\n"
         "if __name__ == '__main__': sys.exit(cli.main(sys.argv[1:]))\n"
     )
@@ -470,13 +471,14 @@ def test_tuning_in_the_interpreter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = record.read(out)
     assert [(r["kernel"], r["fields"]) for r in found] == [
-        (f"triton.attend_r{block}_d32_single", fields) for block in (64, 128) for fields in ({}, {"step": 16})
+        *((f"triton.attend_r{block}_d32_single", fields) for block in (64, 128) for fields in ({}, {"step": 16})),
+        *(("triton.select_d32_single", fields) for fields in ({}, {"segment": 64})),
     ]
     assert not [r["failed"] for r in found if "failed" in r]
-    assert "compiled 4 of 4" in done.stdout and "[4/4] tune" in done.stdout
+    assert "compiled 6 of 6" in done.stdout and "[6/6] tune" in done.stdout
     assert "faster than dense at half density, causal, q_block_size=64: not known" in done.stdout
     made = profile.read(path)
-    assert made.gpu == "CPU" and set(made.shapes) <= {"triton.attend_r64_d32_single", "triton.attend_r128_d32_single"}
+    assert made.gpu == "CPU" and set(made.shapes) <= {r["kernel"] for r in found}
     assert json.loads(path.read_text())["schema"] == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import hf_tiny
@@ -13,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 import vecattention
 from vecattention.integrations.call import Call
+from vecattention.integrations.clock import Interval
+from vecattention.integrations.run import Run
 from vecattention.integrations.serve import no_backend, why_dense
 from vecattention.integrations.settings import settings_of
 
@@ -84,20 +87,72 @@ def test_another_run_gives_the_reason_again(caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.records) == 2
 
 
-def test_a_short_call_is_counted_and_takes_no_time_of_its_own() -> None:
+def test_short_calls_are_counted_and_timed() -> None:
     """Padded in front or not, alone or before a longer one."""
     model = build(hf_tiny.llama)
     padded = torch.ones(2, 100, dtype=torch.long)
     padded[0, :40] = 0
     with vecattention.apply(model) as run:
         logits(model, input_ids=ids(100).repeat(2, 1), attention_mask=padded)
-        assert run.stats.seconds == 0
+        before = run.stats.seconds
+        assert before > 0 and run.stats.untimed_calls == 0
         logits(model, input_ids=ids(100))
         logits(model, input_ids=ids(300))
     pairs = [n * (n + 1) // 2 for n in (60, 100, 100)]
     for layer in run.stats.layers.values():
         assert (layer.dense_calls, layer.sparse_calls, layer.dense_pairs) == (2, 1, sum(pairs))
-        assert layer.seconds > 0
+    assert run.stats.seconds > before
+
+
+@pytest.mark.parametrize(("keys", "untimed"), [(1023, 1), (1024, 0)])
+def test_on_a_gpu_very_short_calls_are_not_timed(keys: int, untimed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vecattention.integrations import run as module
+
+    made: list[Any] = []
+    monkeypatch.setattr(module, "Interval", lambda device: (made.append(device), Interval(torch.device("cpu")))[1])
+    layer = torch.nn.Module().eval()
+    layer.layer_idx = 0
+    gpu = SimpleNamespace(shape=(1, 2, keys, 16), device=torch.device("cuda"), requires_grad=False)
+    call = Call(layer, gpu, gpu, gpu, None, None, 0.0, True, {})
+    monkeypatch.setattr(Call, "dense", lambda self: (self.query, None))
+    run = Run(settings_of(layers=1, heads=2, min_length=10**6))
+    assert run.forward(call) == (gpu, None)
+    assert run.stats.untimed_calls == untimed and len(made) == 1 - untimed
+    assert (" 1 short calls not timed" in str(run)) == bool(untimed)
+
+
+def test_a_short_call_has_another_reason_where_there_is_one(caplog: pytest.LogCaptureFixture) -> None:
+    """To lower min_length would be no help."""
+    for make, inputs, reason in (case for name, case in REASONS.items() if name != "short"):
+        model = build(make)
+        with vecattention.apply(model, min_length=10**6) as run:
+            logits(model, **inputs())
+            logits(model, **inputs())
+        ((said, count),) = run.stats.reasons.items()
+        assert said.startswith(reason) and count == 4
+    model = build(hf_tiny.llama)
+    with vecattention.apply(model, min_length=10**6) as run:
+        model.train()
+        logits(model, input_ids=ids())
+        model.eval()
+        logits(model, input_ids=ids())
+    assert [(said[:24], count) for said, count in run.stats.reasons.items()] == [
+        ("the model is in training", 2), ("the sequence has fewer t", 2)
+    ]  # fmt: skip
+
+
+def test_a_call_that_fails_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(hf_tiny.llama)
+
+    def fails(self: Call) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    with vecattention.apply(model, min_length=10**6) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(Call, "dense", fails)
+            with pytest.raises(torch.OutOfMemoryError):
+                logits(model, input_ids=ids(100))
+        assert run.stats.calls == 0 and not run.stats.reasons
 
 
 def test_decoding_is_dense_by_design_and_no_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -42,7 +42,8 @@ class Heard:
 
     Attributes:
         said: the words.
-        attention_seconds: in the attention function of all layers during prefill, selection included.
+        attention_seconds: in the attention function of all layers during prefill, selection included; 0 where the
+            calls were too short to be timed (`LayerStats.untimed_calls`).
         prefill_seconds: from the inputs to the first token, vision tower included.
         density: pairs attended over those of full attention.
         why_dense: reasons for which calls stayed dense though they were to be sparse.

@@ -58,7 +58,9 @@ def _cells(row: Row, full: Row) -> list[str]:
 
 
 def _time(seconds: float, full: float, first: bool) -> str:
-    gain = "       " if first else f" ({full / seconds:3.1f}x)"
+    if not seconds:  # calls that are too short to be timed on a GPU
+        return "not timed       "
+    gain = f" ({full / seconds:3.1f}x)" if full and not first else "       "
     return f"{seconds:.3f} s{gain}"
 
 

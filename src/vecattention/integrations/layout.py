@@ -88,7 +88,7 @@ def _parts(
     min_length: int,
 ) -> tuple[Part, ...]:  # fmt: skip
     """`parts` of a mask whose rows are at the positions first .. last - 1."""
-    spans, wanted = real or ((0, last),) * batch, vision or ((0, last),) * batch
+    spans, wanted = real or ((0, last),) * batch, ((0, last),) * batch if vision is None else vision
     bounds = [_bounds(first, last, *both, min_length) for both in zip(spans, wanted, strict=True)]
     found, start = [], 0
     for (rows, keys, sparse), group in itertools.groupby(bounds):

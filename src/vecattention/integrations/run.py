@@ -15,6 +15,8 @@ from vecattention.spec import allowed_pairs
 
 NO_IDS = "vision_span is 'auto' and this forward had no input_ids; pass them, or (start, end)"
 DECODING = "one-token decoding stays dense, by design: there is nothing to gain"
+UNTIMED = 1024
+"""Keys below which dense calls on a GPU are not timed: the events would take the host longer than it may."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Run:
         self._vision = vision
         self._count = count
         self._counts = Counts(count)
+        self._servable: set[int | None] = set()
+        """Layers of which a short call had no other reason to stay dense: they are not asked again."""
 
     @property
     def stats(self) -> Stats:
@@ -46,20 +50,14 @@ class Run:
 
     def forward(self, call: Call) -> Output:
         """Answer one attention call, sparsely where that is right."""
-        if call.causal:
-            if call.query.shape[2] == 1:
-                return self._decode(call)
-            if call.key.shape[2] < self.settings.min_length:
-                return self._short(call)
+        if call.decoding:
+            return self._decode(call)
+        if call.causal and call.key.shape[2] < self.settings.min_length and self.settings.vision is None:
+            return self._short(call)
         found, reason = self._layout(call)
-        interval = Interval(call.query.device)
         if reason or found is None:
-            out = call.dense()
-            interval.stop()
-            layer, pairs = call.layer if call.causal else None, all_pairs(call, found)
-            if self._counts.dense(layer, call.query.shape[1], str(reason), pairs, interval):
-                self._tell(call, str(reason))
-            return out
+            return self._dense(call, str(reason), all_pairs(call, found))
+        interval = Interval(call.query.device)
         answer, kept = serve(call, found, self.settings, self.settings.threshold(call.layer or 0), self._count)
         interval.stop()
         sparse = sum(part.sparse_pairs(self.settings.block) for part in found)
@@ -67,21 +65,34 @@ class Run:
         return answer, None
 
     def _decode(self, call: Call) -> Output:
+        out = call.dense()
         if self._counts.decoded(call.layer, call.query.shape[1], DECODING):
             logger.info("vecattention: %s", DECODING)
-        return call.dense()
+        return out
 
     def _short(self, call: Call) -> Output:
-        """The answer to a call that is over so soon that its time is not taken."""
-        batch, heads, rows, _ = call.query.shape
+        """The answer to a call that has too few keys, of which little is asked: it would be the host's time."""
+        layer, (batch, _, rows, _) = call.layer, call.query.shape
+        reason = None if layer in self._servable else why_dense(call)
+        if reason is None:
+            self._servable.add(layer)
         if call.mask is None:
             pairs = batch * allowed_pairs(rows, rows, True)
         else:
             mask = call.spans()
             pairs = all_pairs(call, None if mask is None else parts(mask, batch, None, self.settings.min_length))
-        if self._counts.dense(call.layer, heads, self.settings.short, pairs):
-            self._tell(call, self.settings.short)
-        return call.dense()
+        return self._dense(call, reason or self.settings.short, pairs)
+
+    def _dense(self, call: Call, reason: str, pairs: int) -> Output:
+        timed = call.key.shape[2] >= UNTIMED or call.query.device.type != "cuda"
+        interval = Interval(call.query.device) if timed else None
+        out = call.dense()
+        if interval is not None:
+            interval.stop()
+        layer = call.layer if call.causal else None
+        if self._counts.dense(layer, call.query.shape[1], reason, pairs, interval):
+            logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)
+        return out
 
     def _layout(self, call: Call) -> tuple[Sequence[Part] | None, str | None]:
         """(the parts of the call, the reason to stay dense); at least one of them is there."""
@@ -104,6 +115,3 @@ class Run:
             return [asked] * batch
         found = self._vision() if self._vision is not None else None
         return NO_IDS if found is None or len(found) != batch else found
-
-    def _tell(self, call: Call, reason: str) -> None:
-        logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)

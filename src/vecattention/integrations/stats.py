@@ -24,8 +24,8 @@ class LayerStats:
         sparse_pairs: pairs that the same rows would attend densely.
         dense_pairs: pairs of the rows that stayed dense in prefill.
         sparse_calls, dense_calls, decode_calls: calls with sparse rows, prefill calls without, one-token calls.
-        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock; without
-            calls that have fewer keys than min_length, of which taking the time would itself take some.
+        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock.
+        untimed_calls: dense calls without whose time that is: on a GPU those of fewer than 1,024 keys.
     """
 
     kept: Tensor
@@ -35,6 +35,7 @@ class LayerStats:
     dense_calls: int = 0
     decode_calls: int = 0
     seconds: float = 0.0
+    untimed_calls: int = 0
 
     @property
     def calls(self) -> int:
@@ -86,8 +87,13 @@ class Stats:
 
     @property
     def seconds(self) -> float:
-        """Time that attention took in prefill, all layers."""
+        """Time that attention took in prefill, all layers; without that of `untimed_calls`."""
         return sum(layer.seconds for layer in self.layers.values())
+
+    @property
+    def untimed_calls(self) -> int:
+        """Dense prefill calls that were too short to be timed, all layers."""
+        return sum(layer.untimed_calls for layer in self.layers.values())
 
     @property
     def density(self) -> Tensor:
@@ -114,8 +120,9 @@ class Stats:
                 f"{index:5d}  {_percent(density.mean())}  ({_percent(density.min())} .. {_percent(density.max())})"
                 f"      {_percent(sparse)}       {layer.sparse_calls:7d} {layer.dense_calls:6d} {layer.decode_calls:7d}"
             )
+        without = f", {self.untimed_calls} short calls not timed" if self.untimed_calls else ""
         lines.append(
-            f"  all  {_percent(torch.tensor(self.mean_density))}  in {self.seconds:.3f} s of prefill attention"
+            f"  all  {_percent(torch.tensor(self.mean_density))}  in {self.seconds:.3f} s of prefill attention{without}"
         )
         lines += [f"dense in {count} calls: {reason}" for reason, count in self.reasons.items()]
         return "\n".join(lines)
@@ -168,7 +175,9 @@ class Counts:
                 held = self._layers.get(layer) or self._layer(layer, heads)
                 held.dense_pairs += pairs
                 held.dense_calls += 1
-                if interval is not None:
+                if interval is None:
+                    held.untimed_calls += 1
+                else:
                     held.time(interval)
         return count == 1
 
@@ -201,7 +210,8 @@ class _Layer:
     def __init__(self, heads: int) -> None:
         self.heads = heads
         self.kept: Tensor | None = None
-        self.sparse_pairs = self.dense_pairs = self.sparse_calls = self.dense_calls = self.decode_calls = 0
+        self.sparse_pairs = self.dense_pairs = 0
+        self.sparse_calls = self.dense_calls = self.decode_calls = self.untimed_calls = 0
         self.seconds = 0.0
         self.running: deque[Interval] = deque()
 
@@ -220,7 +230,7 @@ class _Layer:
         """Its counts; the kept pairs where they are."""
         kept = torch.zeros(self.heads, dtype=torch.int64, device="cpu") if self.kept is None else self.kept
         return LayerStats(kept, self.sparse_pairs, self.dense_pairs, self.sparse_calls, self.dense_calls,
-                          self.decode_calls, self.seconds)  # fmt: skip
+                          self.decode_calls, self.seconds, self.untimed_calls)  # fmt: skip
 
 
 def _percent(value: Tensor) -> str:

@@ -56,6 +56,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (100, 64, HALF, 64, True),
         (80, 128, BRAIN, 96, True),
         (90, 64, HALF, 48, False),
+        (90, 128, BRAIN, 112, True),
     ],
 )
 def test_attention(capability: int, dim: int, dtype: torch.dtype, block: int, causal: bool) -> None:
@@ -75,8 +76,9 @@ def test_attention(capability: int, dim: int, dtype: torch.dtype, block: int, ca
         (64, HALF, {"q_pooling_size": 32, "q_block_size": 128}),
         (128, BRAIN, {"q_pooling_size": 128, "k_local_size": 128, "causal": False}),
         (128, BRAIN, {"q_pooling_size": 32, "q_block_size": 96}),
+        (64, HALF, {"q_pooling_size": 16, "q_block_size": 80}),
     ],
-    ids=["row", "P32 R128", "P128 B128", "P32 R96"],
+    ids=["row", "P32 R128", "P128 B128", "P32 R96", "P16 R80"],
 )
 def test_selection(capability: int, dim: int, dtype: torch.dtype, rule: dict[str, Any]) -> None:
     pool, *passes = compiled(launch, capability, lambda: select(dim, dtype, rule))

@@ -42,7 +42,7 @@ class Heard:
 
     Attributes:
         said: the words.
-        attention_seconds: in the attention function of all layers during prefill, selection included; 0 where the
+        attention_seconds: in the attention function of all layers during prefill, selection included; 0 where some
             calls were too short to be timed (`LayerStats.untimed_calls`).
         prefill_seconds: from the inputs to the first token, vision tower included.
         density: pairs attended over those of full attention.
@@ -62,7 +62,7 @@ def ask(model: nn.Module, processor: Any, inputs: dict[str, Tensor], method: Met
         said = answer(model, processor, inputs, max_new_tokens)
     stats = run.stats
     reasons = () if method.name == FULL else tuple(why for why in stats.reasons if why != DECODING)
-    return Heard(said, stats.seconds, prefill.seconds(), stats.mean_density, reasons)
+    return Heard(said, 0.0 if stats.untimed_calls else stats.seconds, prefill.seconds(), stats.mean_density, reasons)
 
 
 class _Prefill:

@@ -34,7 +34,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on the films of one length. Times are (lower quartile, median, upper quartile), in seconds."""
+    """One method on the films of one length. Times are (lower quartile, median, upper quartile), in seconds.
+
+    Those of the attention are 0 where some were not taken.
+    """
 
     tokens: int
     method: str
@@ -53,7 +56,7 @@ class Row:
 
 def row(results: Sequence[Result], recall: float) -> Row:
     """The row of the results of one method on films of one length; at least one result."""
-    first = results[0]
+    first, times = results[0], [result.attention_seconds for result in results]
     return Row(
         tokens=first.tokens,
         method=first.method,
@@ -61,7 +64,7 @@ def row(results: Sequence[Result], recall: float) -> Row:
         right=sum(result.right for result in results),
         density=statistics.fmean(result.density for result in results),
         recall=recall,
-        attention_seconds=quartiles([result.attention_seconds for result in results]),
+        attention_seconds=quartiles(times) if all(times) else (0.0, 0.0, 0.0),
         prefill_seconds=quartiles([result.prefill_seconds for result in results]),
     )
 

@@ -55,9 +55,9 @@ def apply(model_or_pipeline: object, **arguments: Any) -> AbstractContextManager
             vision tokens stay dense, rows inside attend sparsely.
 
     Returns:
-        A context manager that yields a run; ``run.stats`` tells density, calls and time per layer and head, and
-        ``print(run)`` shows them; with diffusers ``run.branches`` tells them per guidance branch. Counting does not
-        wait for the device, reading does.
+        A context manager that yields a run; ``run.stats`` tells density, calls and time per layer and head (on a GPU
+        dense calls of fewer than 1,024 keys are not timed), and ``print(run)`` shows them; with diffusers
+        ``run.branches`` tells them per guidance branch. Counting does not wait for the device, reading does.
 
     Raises:
         TypeError: not such a model, or an argument that does not exist.

@@ -36,9 +36,7 @@ class Run:
         self.settings = settings
         self._vision = vision
         self._count = count
-        self._counts = Counts(count)
-        self._servable: set[int | None] = set()
-        """Layers of which a short call had no other reason to stay dense: they are not asked again."""
+        self._counts = Counts()
 
     @property
     def stats(self) -> Stats:
@@ -57,41 +55,44 @@ class Run:
         found, reason = self._layout(call)
         if reason or found is None:
             return self._dense(call, str(reason), all_pairs(call, found))
-        interval = Interval(call.query.device)
+        interval = Interval(call.query.device) if self._count else None
         answer, kept = serve(call, found, self.settings, self.settings.threshold(call.layer or 0), self._count)
-        interval.stop()
+        if interval is not None:
+            interval.stop()
         sparse = sum(part.sparse_pairs(self.settings.block) for part in found)
-        self._counts.sparse(call.layer, kept, sparse, all_pairs(call, found) - sparse, interval)
+        if call.layer is not None and interval is not None:
+            self._counts.sparse(call.layer, kept, sparse, all_pairs(call, found) - sparse, interval)
         return answer, None
 
     def _decode(self, call: Call) -> Output:
-        out = call.dense()
-        if self._counts.decoded(call.layer, call.query.shape[1], DECODING):
+        if self._counts.note(DECODING):
             logger.info("vecattention: %s", DECODING)
+        out, layer = call.dense(), call.layer
+        if layer is not None and self._count:
+            self._counts.decoded(layer, call.query.shape[1])
         return out
 
     def _short(self, call: Call) -> Output:
         """The answer to a call that has too few keys, of which little is asked: it would be the host's time."""
-        layer, (batch, _, rows, _) = call.layer, call.query.shape
-        reason = None if layer in self._servable else why_dense(call)
-        if reason is None:
-            self._servable.add(layer)
+        batch, _, rows, _ = call.query.shape
         if call.mask is None:
             pairs = batch * allowed_pairs(rows, rows, True)
         else:
             mask = call.spans()
             pairs = all_pairs(call, None if mask is None else parts(mask, batch, None, self.settings.min_length))
-        return self._dense(call, reason or self.settings.short, pairs)
+        return self._dense(call, why_dense(call) or self.settings.short, pairs)
 
     def _dense(self, call: Call, reason: str, pairs: int) -> Output:
-        timed = call.key.shape[2] >= UNTIMED or call.query.device.type != "cuda"
+        if self._counts.note(reason):  # before the answer: it may run out of memory
+            logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)
+        layer = call.layer if self._count and call.causal else None
+        timed = layer is not None and (call.key.shape[2] >= UNTIMED or call.query.device.type != "cuda")
         interval = Interval(call.query.device) if timed else None
         out = call.dense()
         if interval is not None:
             interval.stop()
-        layer = call.layer if call.causal else None
-        if self._counts.dense(layer, call.query.shape[1], reason, pairs, interval):
-            logger.warning("vecattention: attention stays dense in %s: %s", type(call.module).__name__, reason)
+        if layer is not None:
+            self._counts.dense(layer, call.query.shape[1], pairs, interval)
         return out
 
     def _layout(self, call: Call) -> tuple[Sequence[Part] | None, str | None]:

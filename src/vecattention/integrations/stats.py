@@ -24,8 +24,9 @@ class LayerStats:
         sparse_pairs: pairs that the same rows would attend densely.
         dense_pairs: pairs of the rows that stayed dense in prefill.
         sparse_calls, dense_calls, decode_calls: calls with sparse rows, prefill calls without, one-token calls.
-        seconds: time that attention took in prefill, sparse and dense calls together, on the device's clock.
-        untimed_calls: dense calls without whose time that is: on a GPU those of fewer than 1,024 keys.
+        seconds: time that attention took in prefill, sparse and dense calls together but for ``untimed_calls``, on the
+            device's clock.
+        untimed_calls: dense calls whose time is not in ``seconds``: on a GPU those of fewer than 1,024 keys.
     """
 
     kept: Tensor
@@ -135,20 +136,16 @@ class Stats:
 class Counts:
     """Gathers what a run computes without waiting for the device; safe to feed from several threads.
 
-    Whoever adds a call names its layer (None: only its reason counts), its query heads, and the interval of its time
-    (None: not taken), which may still be on its way on the device.
-
-    Args:
-        layers: whether layers are counted, or reasons alone.
+    Whoever adds a call names its layer, its query heads, and the interval of its time, which may still be on its way on
+    the device.
     """
 
-    def __init__(self, layers: bool = True) -> None:
-        self._counting = layers
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._layers: dict[int, _Layer] = {}
         self._reasons: dict[str, int] = {}
 
-    def sparse(self, layer: int | None, kept: Tensor, sparse_pairs: int, dense_pairs: int, interval: Interval) -> None:
+    def sparse(self, layer: int, kept: Tensor, sparse_pairs: int, dense_pairs: int, interval: Interval) -> None:
         """Add a prefill call with sparse rows.
 
         Args:
@@ -156,8 +153,6 @@ class Counts:
             sparse_pairs: pairs of one head that the same rows would attend densely.
             dense_pairs: pairs of one head of its dense rows.
         """
-        if layer is None or not self._counting:
-            return
         with self._lock:
             held = self._layers.get(layer) or self._layer(layer, len(kept))
             # Not in place: a tensor made under torch.inference_mode may not be changed outside of it.
@@ -167,27 +162,27 @@ class Counts:
             held.sparse_calls += 1
             held.time(interval)
 
-    def dense(self, layer: int | None, heads: int, reason: str, pairs: int, interval: Interval | None = None) -> bool:
-        """Add a call that stayed dense, of ``pairs`` pairs of one head; true when its reason is met the first time."""
+    def dense(self, layer: int, heads: int, pairs: int, interval: Interval | None) -> None:
+        """Add a prefill call that stayed dense, of ``pairs`` pairs of one head; no interval: its time is not taken."""
         with self._lock:
-            self._reasons[reason] = count = self._reasons.get(reason, 0) + 1
-            if layer is not None and self._counting:
-                held = self._layers.get(layer) or self._layer(layer, heads)
-                held.dense_pairs += pairs
-                held.dense_calls += 1
-                if interval is None:
-                    held.untimed_calls += 1
-                else:
-                    held.time(interval)
-        return count == 1
+            held = self._layers.get(layer) or self._layer(layer, heads)
+            held.dense_pairs += pairs
+            held.dense_calls += 1
+            if interval is None:
+                held.untimed_calls += 1
+            else:
+                held.time(interval)
 
-    def decoded(self, layer: int | None, heads: int, reason: str) -> bool:
-        """Add a call of one token; true when its reason is met the first time."""
+    def decoded(self, layer: int, heads: int) -> None:
+        """Add a call of one token."""
+        with self._lock:
+            held = self._layers.get(layer) or self._layer(layer, heads)
+            held.decode_calls += 1
+
+    def note(self, reason: str) -> bool:
+        """Count a reason to stay dense; true when it is the first time."""
         with self._lock:
             self._reasons[reason] = count = self._reasons.get(reason, 0) + 1
-            if layer is not None and self._counting:
-                held = self._layers.get(layer) or self._layer(layer, heads)
-                held.decode_calls += 1
         return count == 1
 
     def read(self) -> Stats:

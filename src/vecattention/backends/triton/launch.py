@@ -27,7 +27,7 @@ class SelectShape:
     stages: int = 3
 
     def __post_init__(self) -> None:
-        _powers(self, {"rows": (16, 256), "step": (16, 256), "segment": (64, 2**16), "warps": (1, 16)})
+        _powers(self, {"rows": (16, 256), "step": (32, 256), "segment": (64, 2**16), "warps": (1, 16)})
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def select(query: Tensor, key: Tensor, alpha: Tensor, rule: spec.Rule, shape: Se
     rows, blocks, width = -(-q_len // pool), -(-q_len // rule.q_block_size), bits.words_for(k_len)
     pooled = torch.empty((batch, heads, rows, dim), dtype=torch.float32, device=query.device)
     words = torch.zeros((batch, heads, blocks, width), dtype=torch.int32, device=query.device)
-    tops = torch.empty((batch, heads, rows, plan.segments if plan.carry else 0), device=query.device)
+    segments = plan.segments if plan.carry else 0
+    tops = torch.empty((batch, heads, rows, segments), dtype=torch.float32, device=query.device)
     limits = alpha.contiguous()
     block_d = triton.next_power_of_2(dim)
     share = rule.rows_per_block

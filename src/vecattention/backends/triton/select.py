@@ -58,7 +58,8 @@ def select_kernel(POOLED, K, ALPHA, WORDS, TOPS, skb, skh, skn, heads, group, po
                   CAUSAL: tl.constexpr, MAXIMA: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One segment of keys for T pooled rows: its maximum per row (MAXIMA), or the words of the kept keys.
 
-    A block's SHARE rows take SLOTS of the T places, the next power of 2: what is left over stays empty.
+    A block's SHARE rows take SLOTS of the T places, the next power of 2. What is left over scores rows of the next
+    block, and counts for nothing.
     grid (row_tiles * segments * B * H), row tiles fastest, so that neighbours read the same keys from L2.
     """
     tile, seg = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles % segments

@@ -81,8 +81,8 @@ def running_cut(scores, carry, carry_window, first, G, T: tl.constexpr, KB: tl.c
 
 
 @triton.jit
-def pack_words(kept, T: tl.constexpr, KB: tl.constexpr, SHARE: tl.constexpr):
-    """int32 0/1 [T, KB] -> int32 words [T // SHARE, KB // 32] of the union over SHARE neighbouring rows."""
-    union = tl.max(tl.reshape(kept, (T // SHARE, SHARE, KB)), 1)
+def pack_words(kept, T: tl.constexpr, KB: tl.constexpr, SLOTS: tl.constexpr):
+    """int32 0/1 [T, KB] -> int32 words [T // SLOTS, KB // 32] of the union over SLOTS neighbouring rows."""
+    union = tl.max(tl.reshape(kept, (T // SLOTS, SLOTS, KB)), 1)
     bit = tl.full([32], 1, tl.int32) << tl.arange(0, 32)
-    return tl.sum(tl.reshape(union, (T // SHARE, KB // 32, 32)) * bit[None, None, :], 2)
+    return tl.sum(tl.reshape(union, (T // SLOTS, KB // 32, 32)) * bit[None, None, :], 2)

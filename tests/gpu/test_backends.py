@@ -115,6 +115,20 @@ def test_other_heads_and_dtypes(backend: str, dim: int, dtype: torch.dtype) -> N
     close(out, lse, query, key, value, selection)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sizes", [(32, 96), (16, 80)], ids=str)
+def test_lists_of_any_multiple_of_the_pooling_size(sizes: tuple[int, int], causal: bool) -> None:
+    """Triton serves them, whose tiles are powers of 2, also where Hopper's kernels serve others."""
+    query, key, value = tensors("prefix")
+    rule: dict[str, Any] = {"q_pooling_size": sizes[0], "q_block_size": sizes[1], "causal": causal}
+    assert vecattention.explain(query, key, **rule).backend == "triton"
+    for scope in ("window", "row"):
+        selection = vecattention.select(query, key, threshold=0.5, max_scope=scope, **rule)
+        same_sets(selection, law_of("triton", query, key, threshold=0.5, max_scope=scope, **rule))
+    out, lse = vecattention.attend(query, key, value, selection, return_lse=True)
+    close(out, lse, query, key, value, selection)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 1.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block", [64, 128])

@@ -128,7 +128,10 @@ def test_shipped_crossovers_say_for_which_width_they_are() -> None:
         ),
         (with_kernel("hopper.atend"), "shapes has 'hopper.atend', wanted hopper.attend, hopper.attend_causal"),
         (with_kernel("triton.select"), "shapes has 'triton.select', wanted"),
-        (with_kernel("triton.attend_r64_d65_half"), "or triton.attend_rR_dD_half or _single for lists of R rows"),
+        (
+            with_kernel("triton.attend_r64_d65_half"),
+            "or, with _half or _single, triton.attend_rR_dD and triton.select_dD for lists of R rows",
+        ),
         ("[" * 100_000, "it is nested too deeply"),
         ('{"schema": 1, "gpu": "g", "shapes": ' + "[" * 900 + "]" * 900 + "}", "wanted integers by field by kernel"),
         ('{"schema": 1, "gpu": "g", "crossovers": ' + "[" * 900 + "]" * 900 + "}", "wanted a list of"),

@@ -240,8 +240,8 @@ def read(path: Path) -> Profile:
         raise ProfileError(_bad(path, f"shapes is {reprlib.repr(shapes)}, wanted integers by field by kernel"))
     if unknown := [name for name in shapes if name not in KERNELS]:
         wanted = ", ".join(sorted(name for name in KERNELS if name.startswith("hopper.")))
-        wanted += " or triton.attend_rR_dD_half or _single for lists of R rows and head_dim D, such as "
-        wanted += "triton.attend_r64_d128_half"
+        wanted += " or, with _half or _single, triton.attend_rR_dD and triton.select_dD for lists of R rows and "
+        wanted += "head_dim D, such as triton.attend_r64_d128_half"
         raise ProfileError(_bad(path, f"shapes has {_listed(unknown)}, wanted {wanted}"))
     return Profile(gpu, shapes, _crossovers(held.get("crossovers", []), path), source, path)
 

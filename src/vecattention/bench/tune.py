@@ -263,10 +263,7 @@ def crossovers(records: Sequence[Record]) -> tuple[Crossover, ...]:
 def _attend(source: Source, kernel: Kernel, fields: dict[str, int]) -> tuple[bool, Callable[[], object]]:
     case, (query, key, value) = source.case, source.tensors()
     launch = _launch(kernel.name.partition(".")[0])
-    default = launch.AttendShape() if not hasattr(launch, "attend_shape") else launch.attend_shape(
-        kernel.block, case.head_dim, source.dtype
-    )  # fmt: skip
-    shape = dataclasses.replace(default, **fields)
+    shape = dataclasses.replace(_default(kernel, source), **fields)
     selection = lists(case, DENSITY, "random", source.seed, kernel.block, source.device)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], device=source.device)
@@ -285,10 +282,7 @@ def _select(source: Source, kernel: Kernel, fields: dict[str, int]) -> tuple[boo
     launch = _launch(kernel.name.partition(".")[0])
     rule = rule_of(source.case.head_dim, q_pooling_size=64, q_block_size=kernel.block, causal=source.case.causal)
     alpha = torch.full(query.shape[:2], 0.105, device=source.device)
-    default = launch.SelectShape() if not hasattr(launch, "select_shape") else launch.select_shape(
-        source.case.head_dim, source.dtype
-    )  # fmt: skip
-    shape = dataclasses.replace(default, **fields)
+    shape = dataclasses.replace(_default(kernel, source), **fields)
 
     def call() -> Tensor:
         words: Tensor = launch.select(query, key, alpha, rule, shape)
@@ -298,6 +292,17 @@ def _select(source: Source, kernel: Kernel, fields: dict[str, int]) -> tuple[boo
     rounded = kernel.name.startswith("hopper.")
     right = agreement_of(found, query, key, alpha, rule, rounded=rounded, heads=(0,)).passes
     return right and torch.equal(found, call()), call
+
+
+def _default(kernel: Kernel, source: Source) -> Any:
+    """The launch shape of a kernel where no profile has another."""
+    backend, dim = kernel.name.partition(".")[0], source.case.head_dim
+    launch = _launch(backend)
+    if backend == "hopper":
+        return launch.SelectShape() if kernel.selects else launch.AttendShape()
+    if kernel.selects:
+        return launch.select_shape(dim, source.dtype)
+    return launch.attend_shape(kernel.block, dim, source.dtype)
 
 
 def _launch(backend: str) -> Any:

@@ -332,3 +332,16 @@ def test_a_layer_that_asks_for_a_window_stays_dense_whatever_its_mask() -> None:
     for window, reason in ((299, "the layer has a sliding window shorter than the sequence"), (300, None)):
         call = Call(module, x, x, x, None, None, 0.0, True, {"sliding_window": window})
         assert why_dense(call) == reason
+
+
+def test_the_backends_are_asked_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vecattention.integrations import serve
+
+    asked: list[Any] = []
+    explain = serve.ops.explain
+    monkeypatch.setattr(serve.ops, "explain", lambda *a, **k: (asked.append(a[0].shape[2]), explain(*a, **k))[1])
+    model = build(hf_tiny.llama)
+    with vecattention.apply(model) as run:
+        for length in (300, 300, 310):
+            logits(model, input_ids=ids(length))
+    assert asked == [300, 310] and run.stats.sparse_calls == 6

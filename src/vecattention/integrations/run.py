@@ -37,6 +37,7 @@ class Run:
         self._vision = vision
         self._count = count
         self._counts = Counts()
+        self._asked: tuple[object, str | None] = (None, None)
 
     @property
     def stats(self) -> Stats:
@@ -105,7 +106,16 @@ class Run:
         if isinstance(vision, str):
             vision, reason = None, reason or vision
         found = parts(mask, batch, vision, self.settings.min_length)
-        return found, reason or too_short(found, vision, self.settings) or no_backend(call, self.settings)
+        return found, reason or too_short(found, vision, self.settings) or self._no_backend(call)
+
+    def _no_backend(self, call: Call) -> str | None:
+        """`no_backend`, which the layers of a forward would ask alike, one after the other."""
+        problem = call.query.shape, call.key.shape, call.query.dtype, call.query.device
+        asked, answer = self._asked
+        if asked != problem:
+            answer = no_backend(call, self.settings)
+            self._asked = problem, answer
+        return answer
 
     def _wanted(self, batch: int) -> list[Span] | str | None:
         """The span of each batch element outside of which rows stay dense (None: all sparse), or why it is unknown."""
